@@ -1,0 +1,1 @@
+"""One module per host framework; each is imported only when asked for."""

@@ -1,0 +1,1 @@
+MultiCropCollate = None

@@ -1,0 +1,37 @@
+"""`wrap`: finds the adapter for what it is given."""
+
+import inspect
+from typing import Any, TypeVar
+
+from torch import nn
+
+T = TypeVar("T")
+
+
+def wrap(x: T, **options: Any) -> T:
+    """Adds LoGo to a self-supervised model written for a framework that logo_plugin knows.
+
+    The model's own training step still runs, on the global crops; LoGo forwards the local crops and
+    adds its terms. Give the data loader `collate_fn=MultiCropCollate(...)` and change nothing else.
+
+    Args:
+        x: A BYOL, MoCo or SimSiam model as lightly's examples and benchmarks write them: a
+            LightningModule or plain `nn.Module`, the instance or its class (also as a decorator).
+        **options: Options of the adapter (`logo_plugin.adapters.lightly.wrap`) and of `LoGoLoss`.
+
+    Returns:
+        The same instance, wrapped in place; or, for a class, a subclass of it.
+
+    Raises:
+        TypeError: If `x` is neither a module nor a module class, or an option is unknown.
+        ValueError: If `x` has no part that LoGo needs; the message names the option that helps.
+    """
+    cls = x if inspect.isclass(x) else type(x)
+    if not issubclass(cls, nn.Module):
+        raise TypeError(
+            f"wrap() expects a torch.nn.Module (or LightningModule), or such a class, got {x!r}. "
+            "For your own training loop use LoGoLoss directly."
+        )
+    from logo_plugin.adapters import lightly
+
+    return lightly.wrap(x, **options)  # type: ignore[no-any-return]
