@@ -53,7 +53,8 @@ def augment(images: Tensor, recipes: Sequence[Recipe]) -> Tensor:
     """
     x = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     for step in range(4):
-        for operation, (function, name, identity) in enumerate(_JITTER):
+        for operation in {recipe.order[step] for recipe in recipes}:
+            function, name, identity = _JITTER[operation]
             values = [getattr(recipe, name) if recipe.order[step] == operation else identity for recipe in recipes]
             x = _apply(function, x, values, identity)
     x = _apply(_grayscale, x, [recipe.gray for recipe in recipes], False)
@@ -79,7 +80,7 @@ def _shared(values: Sequence[float], x: Tensor) -> Values:
 
 
 def _luma(x: Tensor) -> Tensor:
-    r, g, b = x.split(1, dim=1)
+    r, g, b = x[:, :1], x[:, 1:2], x[:, 2:]
     return (r * 0.2989).add_(g, alpha=0.587).add_(b, alpha=0.114)  # torchvision's weights
 
 
@@ -108,21 +109,20 @@ def _hue(x: Tensor, shifts: list[float]) -> Tensor:
     Free of comparisons, which are slow on the CPU. With a_c = (high - c) / chroma the hue in sextants
     is +-(2 + a_r - a_g - a_b), positive where g >= b; back, a_c is a clamped triangle wave of the hue.
     """
-    r, g, b = x.split(1, dim=1)
+    r, g, b = x[:, :1], x[:, 1:2], x[:, 2:]
     high = torch.maximum(r, g)
     torch.maximum(high, b, out=high)
     chroma = torch.minimum(r, g)
     torch.minimum(chroma, b, out=chroma)
-    torch.sub(high, chroma, out=chroma)
-    hue = (g + b).sub_(r).sub_(high).div_(chroma.clamp_min(torch.finfo(x.dtype).tiny)).add_(2)
+    torch.sub(high, chroma, out=chroma).clamp_min_(torch.finfo(x.dtype).tiny)
+    hue = (g + b).sub_(r).sub_(high).div_(chroma).add_(2)
     wave = g - b
     hue.copysign_(wave).add_(_shared([6 * shift for shift in shifts], x))
     hue.sub_(torch.mul(hue, 1 / 6, out=wave).round_(), alpha=6)  # into [-3, 3]
     torch.addcmul(high + chroma, chroma, torch.abs(hue, out=wave).clamp_(1, 2), value=-1, out=r)
     high.sub_(chroma, alpha=2)
-    for channel, centre in ((g, 2), (b, -2)):
-        torch.sub(hue, centre, out=wave).abs_().sub_(3).abs_().clamp_(1, 2)
-        torch.addcmul(high, chroma, wave, out=channel)
+    for channel, centre in ((g, -1), (b, 1)):
+        torch.addcmul(high, chroma, torch.sub(hue, centre, out=wave).abs_().clamp_(1, 2), out=channel)
     return x
 
 
@@ -135,8 +135,8 @@ def _solarize(x: Tensor, _: list[float]) -> Tensor:
 
 
 def blur_radius(sigma: float) -> int:
-    """Pixels of the kernel on each side; for sigma up to 2, what is cut off moves no pixel by more than 0.3 / 255."""
-    return math.ceil(3 * sigma)
+    """Pixels of the kernel on each side: so many that cutting off the rest moves no pixel by more than 0.5 / 255."""
+    return math.ceil(3.29 * sigma - 0.5)
 
 
 def _blur(x: Tensor, sigmas: list[float]) -> Tensor:
@@ -148,14 +148,13 @@ def _blur(x: Tensor, sigmas: list[float]) -> Tensor:
         _shared([kernel[i] / total if i < len(kernel) else 0.0 for kernel, total in zip(kernels, sums, strict=True)], x)
         for i in range(radius + 1)
     ]
-    for dim, padding in ((2, (0, 0, radius, radius)), (3, (radius, radius))):
-        size = x.shape[dim]
-        padded = F.pad(x, padding if dim == 2 else (*padding, 0, 0), mode="reflect")
-        x = padded.narrow(dim, radius, size) * weights[0]
-        for offset in range(1, radius + 1):
-            for start in (radius - offset, radius + offset):
-                shifted, weight = padded.narrow(dim, start, size), weights[offset]
-                x.addcmul_(shifted, weight) if isinstance(weight, Tensor) else x.add_(shifted, alpha=weight)
+    for dim, padding in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
+        padded = F.pad(x, padding, mode="reflect")
+        shifted = padded.unfold(dim, x.shape[dim], 1).movedim(-1, dim + 1).unbind(dim)
+        x = shifted[radius] * weights[0]
+        for i, weight in enumerate(weights[1:], 1):
+            for copy in (shifted[radius - i], shifted[radius + i]):
+                x.addcmul_(copy, weight) if isinstance(weight, Tensor) else x.add_(copy, alpha=weight)
     return x
 
 

@@ -420,12 +420,12 @@ def _crop(pixels: Tensor, recipe: Recipe, size: int) -> Tensor:
 
 
 def _normalize(x: Tensor, mean: Sequence[float], std: Sequence[float], out: Tensor | None = None) -> Tensor:
-    """(x / 255 - mean) / std for (..., 3, H, W), in one pass."""
-    scale, bias = (
+    """(x / 255 - mean) / std for (..., 3, H, W)."""
+    shift, scale = (
         torch.tensor(values, device=x.device).view(3, 1, 1)
-        for values in ([1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)])
+        for values in ([255 * m for m in mean], [1 / (255 * s) for s in std])
     )
-    return torch.addcmul(bias, x, scale, out=out)
+    return torch.sub(x, shift, out=out).mul_(scale)
 
 
 def _between(low: float, high: float, u: float) -> float:
