@@ -1,1 +1,418 @@
-MultiCropCollate = None
+"""Multi-crop views of a batch: decode once, crop, resize, augment."""
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from itertools import combinations
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import default_collate
+from torchvision.transforms.functional import pil_to_tensor
+
+from logo_plugin.augment import IDENTITY, augment, blur_radius
+
+Range = tuple[float, float]
+T = TypeVar("T", bound="MultiCropTransform")
+ImageLike = Image.Image | Tensor | bytes | str | os.PathLike[str]
+
+
+class CropBoxes(NamedTuple):
+    """Where the views of a batch come from.
+
+    Attributes:
+        boxes: (V, N, 4), float32, as (left, top, right, bottom) in pixels of the source image.
+        flips: (V, N), bool, whether the view was mirrored afterwards.
+    """
+
+    boxes: Tensor
+    flips: Tensor
+
+
+class DeferredViews:
+    """Views as the workers leave them with `defer`: uint8, to be finished on the device.
+
+    Call `.to(device)` once per batch; it gives the list of views. Lightning does so by itself. Any
+    other use raises a TypeError, so that unfinished views never reach a model.
+    """
+
+    def __init__(self, views: list[Tensor], recipes: Tensor | None, mean: Tensor, std: Tensor) -> None:
+        self._views, self._recipes, self._mean, self._std = views, recipes, mean, std
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> list[Tensor]:
+        """Moves the crops to `device`, augments them there with the parameters drawn by the workers, normalises.
+
+        Args:
+            device: Where the model is, also "cpu".
+            non_blocking: As in `Tensor.to`; useful with `pin_memory`.
+
+        Returns:
+            The views, globals first, each (N, 3, H, W), float32.
+        """
+        views = []
+        for i, view in enumerate(self._views):
+            x = view.to(device, non_blocking=non_blocking)
+            x = x.float() if self._recipes is None else augment(x, self._recipes[i])
+            views.append(_normalize(x.contiguous(), self._mean, self._std))
+        return views
+
+    def pin_memory(self) -> "DeferredViews":
+        """For `DataLoader(pin_memory=True)`."""
+        return DeferredViews([view.pin_memory() for view in self._views], self._recipes, self._mean, self._std)
+
+    def _unfinished(self, *_: object) -> Any:
+        raise TypeError(
+            "these views are not finished: MultiCropCollate(defer=...) leaves work to the device. "
+            "Write `views = batch[0].to(device)` before using them."
+        )
+
+    __iter__ = __len__ = __getitem__ = _unfinished
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiCropTransform:
+    """An image in, its views out: the paper's crops and augmentations, as a dataset transform.
+
+    Each view is a random resized crop, mirrored, jittered in colour, turned gray, blurred, solarised
+    and normalised, each with its own probability. All randomness comes from torch's global generator.
+
+    Args:
+        global_crops: Number of global views.
+        local_crops: Number of local views, may be 0.
+        global_size: Side of a global view in pixels.
+        local_size: Side of a local view in pixels.
+        global_scale: Range of a global crop's area, as a fraction of the image's.
+        local_scale: Range of a local crop's area.
+        ratio: Range of the width / height of a crop.
+        flip_p: Probability of mirroring.
+        jitter_p: Probability of the colour jitter.
+        brightness: Brightness factor is drawn from [1 - brightness, 1 + brightness].
+        contrast: The same for contrast.
+        saturation: The same for saturation.
+        hue: Hue is shifted by up to this part of a full turn, at most 0.5.
+        grayscale_p: Probability of grayscale.
+        blur_p: Probability of Gaussian blur.
+        blur_sigma: Range of the blur's standard deviation in pixels.
+        solarize_p: Probability of inverting the pixels >= 128.
+        mean: Per channel, subtracted, for images in [0, 1].
+        std: Per channel, divided by.
+
+    Raises:
+        ValueError: If an option is out of its range.
+    """
+
+    global_crops: int = 2
+    local_crops: int = 2
+    global_size: int = 224
+    local_size: int = 96
+    global_scale: Range = (0.4, 1.0)
+    local_scale: Range = (0.05, 0.4)
+    ratio: Range = (3 / 4, 4 / 3)
+    flip_p: float = 0.5
+    jitter_p: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    grayscale_p: float = 0.2
+    blur_p: float = 0.5
+    blur_sigma: Range = (0.1, 2.0)
+    solarize_p: float = 0.0
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        for name in ("global_crops", "global_size", "local_size"):
+            _check(self, name, "an integer >= 1", lambda v: type(v) is int and v >= 1)
+        _check(self, "local_crops", "an integer >= 0", lambda v: type(v) is int and v >= 0)
+        for name in ("global_scale", "local_scale"):
+            _check(self, name, "(low, high) with 0 < low <= high <= 1", lambda v: 0 < v[0] <= v[1] <= 1 and len(v) == 2)
+        for name in ("ratio", "blur_sigma"):
+            _check(self, name, "(low, high) with 0 < low <= high", lambda v: 0 < v[0] <= v[1] < math.inf and len(v) == 2)
+        for name in ("flip_p", "jitter_p", "grayscale_p", "blur_p", "solarize_p"):
+            _check(self, name, "a probability in [0, 1]", lambda v: 0 <= v <= 1)
+        for name in ("brightness", "contrast", "saturation"):
+            _check(self, name, "a finite number >= 0", lambda v: 0 <= v < math.inf)
+        _check(self, "hue", "a number in [0, 0.5]", lambda v: 0 <= v <= 0.5)
+        _check(self, "mean", "3 numbers", lambda v: len(v) == 3 and all(math.isfinite(x) for x in v))
+        _check(self, "std", "3 numbers > 0", lambda v: len(v) == 3 and all(0 < x < math.inf for x in v))
+        smallest = min(self.global_size, self.local_size if self.local_crops else self.global_size)
+        if self.blur_p and smallest <= blur_radius(self.blur_sigma[1]):
+            raise ValueError(
+                f"blur_sigma={self.blur_sigma} needs crops larger than {blur_radius(self.blur_sigma[1])} pixels, "
+                f"got {smallest}: lower blur_sigma or set blur_p=0."
+            )
+
+    @classmethod
+    def cifar10(cls: type[T], **overrides: Any) -> T:
+        """The options for CIFAR images: all views of 32 pixels, no blur, CIFAR-10's mean and std.
+
+        Args:
+            **overrides: Options that replace or add to these.
+        """
+        options: dict[str, Any] = {
+            "global_size": 32,
+            "local_size": 32,
+            "blur_p": 0.0,
+            "mean": (0.4914, 0.4822, 0.4465),
+            "std": (0.2023, 0.1994, 0.2010),
+        }
+        return cls(**(options | overrides))
+
+    def __call__(self, image: ImageLike) -> list[Tensor]:
+        """Makes the views of one image.
+
+        Args:
+            image: PIL image, uint8 tensor (C, H, W), encoded bytes (JPEG, PNG, WebP, ...) or a path.
+
+        Returns:
+            The views, globals first, each (3, size, size), float32, normalised.
+
+        Raises:
+            ValueError: If the image cannot be decoded.
+            TypeError: If it is none of these kinds.
+        """
+        pixels = _decode(image)
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        views = []
+        for size, (box, flip, recipe) in zip(self._sizes(), self._draw(pixels)):
+            crop = _crop(pixels, box, size, flip)
+            views.append(_normalize(augment(crop, torch.tensor([recipe])), mean, std)[0])
+        return views
+
+    def _sizes(self) -> list[int]:
+        return [self.global_size] * self.global_crops + [self.local_size] * self.local_crops
+
+    def _draw(self, pixels: Tensor) -> list[tuple[tuple[int, int, int, int], bool, tuple[float, ...]]]:
+        """Draws box, flip and recipe of each view."""
+        height, width = pixels.shape[-2:]
+        uniform: list[list[float]] = torch.rand(self.global_crops + self.local_crops, 54).tolist()
+        drawn = []
+        for view, u in enumerate(uniform):
+            scale = self.global_scale if view < self.global_crops else self.local_scale
+            box = self._draw_box(width, height, scale, u[14:])
+            recipe = list(IDENTITY)
+            if u[1] < self.jitter_p:
+                for i, strength in enumerate((self.brightness, self.contrast, self.saturation)):
+                    recipe[i] = _between(max(0.0, 1 - strength), 1 + strength, u[2 + i])
+                recipe[3] = _between(-self.hue, self.hue, u[5])
+                recipe[4:8] = sorted(range(4), key=u[6:10].__getitem__)
+            recipe[8] = u[10] < self.grayscale_p
+            if u[11] < self.blur_p:
+                recipe[9] = _between(*self.blur_sigma, u[12])
+            recipe[10] = u[13] < self.solarize_p
+            drawn.append((box, u[0] < self.flip_p, tuple(map(float, recipe))))
+        return drawn
+
+    def _draw_box(self, width: int, height: int, scale: Range, u: Sequence[float]) -> tuple[int, int, int, int]:
+        """As torchvision's RandomResizedCrop: ten attempts, then the largest central crop within `ratio`."""
+        low, high = map(math.log, self.ratio)
+        for attempt in range(10):
+            area = width * height * _between(*scale, u[4 * attempt])
+            aspect = math.exp(_between(low, high, u[4 * attempt + 1]))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                left = int(u[4 * attempt + 2] * (width - w + 1))
+                top = int(u[4 * attempt + 3] * (height - h + 1))
+                return left, top, left + w, top + h
+        w, h = width, height
+        if width / height < self.ratio[0]:
+            h = max(1, round(width / self.ratio[0]))
+        elif width / height > self.ratio[1]:
+            w = max(1, round(height * self.ratio[1]))
+        left, top = (width - w) // 2, (height - h) // 2
+        return left, top, left + w, top + h
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiCropCollate(MultiCropTransform):
+    """A batch of samples in, its views out: a `collate_fn` for `DataLoader`.
+
+    Replaces transform and collate at once; leave the dataset without a transform. With
+    `ImageFolder(root, loader=str)` decoding happens here too, so that `on_error` covers bad files.
+
+    Args:
+        defer: Work left to the device, where it runs when the batch arrives: "normalize" only, or
+            "augment" (colour, blur and normalisation; the workers draw the parameters). The views
+            then travel as uint8 in a `DeferredViews`. None finishes them in the workers.
+        return_boxes: Append `CropBoxes` to the batch.
+        on_error: What to do with an image that cannot be decoded: "raise", or "skip", which warns
+            once per file (and worker) and puts new crops of another image of the batch in its place.
+        **options: Those of `MultiCropTransform`.
+
+    Raises:
+        ValueError: If an option is out of its range.
+
+    Example:
+        >>> loader = DataLoader(dataset, batch_size=256, collate_fn=MultiCropCollate())
+        >>> views, targets = next(iter(loader))
+    """
+
+    defer: Literal["normalize", "augment"] | None = None
+    return_boxes: bool = False
+    on_error: Literal["raise", "skip"] = "raise"
+    _warned: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "defer", 'None, "normalize" or "augment"', lambda v: v in (None, "normalize", "augment"))
+        _check(self, "on_error", '"raise" or "skip"', lambda v: v in ("raise", "skip"))
+
+    def __call__(self, samples: Sequence[Any]) -> list[Any]:  # type: ignore[override]
+        """Makes the views of a batch.
+
+        Args:
+            samples: N samples (image, target), (image, target, filename) or bare images, an image
+                being whatever `MultiCropTransform` takes.
+
+        Returns:
+            `[views, targets, filenames]` as far as the samples have them, then `CropBoxes` with
+            `return_boxes`. Views are in the order globals first, each (N, 3, H, W), float32.
+
+        Raises:
+            ValueError: If an image cannot be decoded; the message names the sample. With
+                `on_error="skip"` only if none of the batch can.
+            TypeError: If the samples are of another kind.
+        """
+        rows = [sample if isinstance(sample, (tuple, list)) else (sample,) for sample in samples]
+        if not rows or any(len(row) != len(rows[0]) or not 1 <= len(row) <= 3 for row in rows):
+            raise TypeError(
+                "MultiCropCollate expects samples that are all (image, target), (image, target, filename) or images, "
+                f"got {len(rows)} samples with {sorted({len(row) for row in rows})} items."
+            )
+        rows, decoded = self._decode(rows)
+        sizes = self._sizes()
+        dtype = torch.float32 if self.defer is None else torch.uint8
+        views = [torch.empty(len(rows), 3, size, size, dtype=dtype) for size in sizes]
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        boxes = torch.empty(len(sizes), len(rows), 4)
+        flips = torch.empty(len(sizes), len(rows), dtype=torch.bool)
+        recipes = torch.empty(len(sizes), len(rows), len(IDENTITY))
+        for n, pixels in enumerate(decoded):
+            for v, (box, flip, recipe) in enumerate(self._draw(pixels)):
+                boxes[v, n], flips[v, n], recipes[v, n] = torch.tensor(box), flip, torch.tensor(recipe)
+                x = _crop(pixels, box, sizes[v], flip)
+                if self.defer != "augment":
+                    x = augment(x, recipes[v, n : n + 1])
+                    x = _normalize(x, mean, std) if self.defer is None else x.round_()
+                views[v][n] = x[0]
+        batch: list[Any] = [views]
+        if self.defer is not None:
+            batch = [DeferredViews(views, recipes if self.defer == "augment" else None, mean, std)]
+        columns = list(zip(*rows))[1:]
+        batch += [default_collate(targets) for targets in columns[:1]] + [list(names) for names in columns[1:]]
+        return [*batch, CropBoxes(boxes, flips)] if self.return_boxes else batch
+
+    def _decode(self, rows: list[Any]) -> tuple[list[Any], list[Tensor]]:
+        """Decodes the images; fills the places of bad ones if they are to be skipped."""
+        decoded: list[Tensor | None] = []
+        for position, row in enumerate(rows):
+            try:
+                decoded.append(_decode(row[0]))
+            except ValueError as error:
+                name = row[2] if len(row) == 3 else row[0] if isinstance(row[0], (str, os.PathLike)) else None
+                message = f"sample {position} of the batch" + (f" ({name})" if name is not None else "") + f": {error}"
+                if self.on_error == "raise":
+                    raise ValueError(
+                        f'{message} Remove it, or pass on_error="skip" to replace bad images by others.'
+                    ) from error
+                if name is None or str(name) not in self._warned:
+                    self._warned.add(str(name))
+                    warnings.warn(f"skipped {message}", stacklevel=2)
+                decoded.append(None)
+        good = [i for i, pixels in enumerate(decoded) if pixels is not None]
+        if not good:
+            raise ValueError(f"none of the {len(rows)} images of the batch can be decoded; see the warnings for each.")
+        source = [i if pixels is not None else good[int(torch.randint(len(good), ()))] for i, pixels in enumerate(decoded)]
+        return [rows[i] for i in source], [pixels for i in source if (pixels := decoded[i]) is not None]
+
+
+def crop_overlap(boxes: Tensor) -> Tensor:
+    """Intersection over union of the crops of one image, pair by pair.
+
+    Args:
+        boxes: (L, N, 4) as (left, top, right, bottom), for example `CropBoxes.boxes[2:]`, the local ones.
+
+    Returns:
+        (pairs, N) in [0, 1], the pairs in the order of `itertools.combinations(range(L), 2)`; what
+        `LoGoLoss` takes as `local_overlap`.
+
+    Raises:
+        ValueError: If `boxes` has another shape or fewer than two crops.
+    """
+    if boxes.ndim != 3 or boxes.shape[2] != 4 or len(boxes) < 2:
+        raise ValueError(f"boxes must have shape (L, N, 4) with L >= 2, got {tuple(boxes.shape)}.")
+    first, second = (boxes[list(side)] for side in zip(*combinations(range(len(boxes)), 2)))
+    corner = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
+    intersection = corner.clamp_min(0).prod(-1)
+    union = sum((side[..., 2:] - side[..., :2]).prod(-1) for side in (first, second)) - intersection
+    return intersection / union
+
+
+def _decode(image: ImageLike) -> Tensor:
+    """Gives (1, 3, H, W), uint8, channels last in memory."""
+    if isinstance(image, Tensor):
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3, 4) or not image.numel():
+            raise TypeError(
+                f"an image tensor must be uint8 (C, H, W) with 1, 3 or 4 channels, got {image.dtype} {tuple(image.shape)}. "
+                "Give it before any conversion to float."
+            )
+        pixels = image[:3].expand(3, -1, -1)
+    else:
+        if not isinstance(image, (Image.Image, bytes, str, os.PathLike)):
+            raise TypeError(
+                "an image must be a PIL image, a uint8 tensor (C, H, W), encoded bytes or a path, "
+                f"got {type(image).__name__}."
+            )
+        try:
+            pixels = pil_to_tensor(_rgb(image))
+        # Pillow's decoders raise nearly anything on a damaged file.
+        except Exception as error:
+            raise ValueError(f"cannot decode the image ({type(error).__name__}: {error}).") from error
+    return pixels[None].contiguous(memory_format=torch.channels_last)
+
+
+def _rgb(image: Image.Image | bytes | str | os.PathLike[str]) -> Image.Image:
+    if not isinstance(image, Image.Image):
+        with Image.open(BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            return _rgb(opened)
+    if image.mode == "F":
+        raise ValueError("floating-point images have no fixed range; convert them to 8 bits")
+    if image.mode.startswith("I"):
+        # Pillow's own conversion clips 16 bits at 255.
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    return image.convert("RGB")
+
+
+def _crop(pixels: Tensor, box: tuple[int, int, int, int], size: int, flip: bool) -> Tensor:
+    """Gives (1, 3, size, size), uint8."""
+    left, top, right, bottom = box
+    crop = pixels[..., top:bottom, left:right]
+    crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+    return crop.flip(-1) if flip else crop
+
+
+def _normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """From [0, 255] to zero mean and unit deviation, in place."""
+    mean, std = (255 * statistic.to(x.device).view(3, 1, 1) for statistic in (mean, std))
+    return x.sub_(mean).div_(std)
+
+
+def _between(low: float, high: float, u: float) -> float:
+    return low + (high - low) * u
+
+
+def _check(options: object, name: str, expected: str, valid: Callable[[Any], bool]) -> None:
+    value = getattr(options, name)
+    try:
+        good = valid(value)
+    except TypeError:
+        good = False
+    if not good:
+        raise ValueError(f"{name} must be {expected}, got {value!r}.")
