@@ -7,4 +7,13 @@ from logo_plugin.wrapping import wrap
 
 __version__ = "0.1.0"
 
-__all__ = ["Affinity", "LoGoLoss", "LoGoTerms", "MultiCropCollate", "MultiCropTransform", "crop_overlap", "info_nce", "wrap"]
+__all__ = [
+    "Affinity",
+    "LoGoLoss",
+    "LoGoTerms",
+    "MultiCropCollate",
+    "MultiCropTransform",
+    "crop_overlap",
+    "info_nce",
+    "wrap",
+]
