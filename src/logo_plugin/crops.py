@@ -134,9 +134,7 @@ class MultiCropTransform:
         for name in ("global_scale", "local_scale"):
             _check(self, name, "(low, high) with 0 < low <= high <= 1", lambda v: 0 < v[0] <= v[1] <= 1 and len(v) == 2)
         for name in ("ratio", "blur_sigma"):
-            _check(
-                self, name, "(low, high) with 0 < low <= high", lambda v: 0 < v[0] <= v[1] < math.inf and len(v) == 2
-            )
+            _check(self, name, "(low, high) with 0 < low <= high", lambda v: 0 < v[0] <= v[1] < math.inf and len(v) == 2)
         for name in ("flip_p", "jitter_p", "grayscale_p", "blur_p", "solarize_p"):
             _check(self, name, "a probability in [0, 1]", lambda v: 0 <= v <= 1)
         for name in ("brightness", "contrast", "saturation"):
@@ -331,9 +329,7 @@ class MultiCropCollate(MultiCropTransform):
         good = [i for i, pixels in enumerate(decoded) if pixels is not None]
         if not good:
             raise ValueError(f"none of the {len(rows)} images of the batch can be decoded; see the warnings for each.")
-        source = [
-            i if pixels is not None else good[int(torch.randint(len(good), ()))] for i, pixels in enumerate(decoded)
-        ]
+        source = [i if pixels is not None else good[int(torch.randint(len(good), ()))] for i, pixels in enumerate(decoded)]
         return [rows[i] for i in source], [pixels for i in source if (pixels := decoded[i]) is not None]
 
 
