@@ -1,121 +1,166 @@
-"""Colour, blur and solarisation of a batch of crops, each image with its own parameters, on any device."""
+"""Colour, blur and solarisation of crops, each image with its own recipe, on any device."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-ORDER = slice(4, 8)
-GRAY, SIGMA, SOLARIZE = 8, 9, 10
-IDENTITY = (1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 2.0, 3.0, 0.0, 0.0, 0.0)
-_LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights
+
+class Recipe(NamedTuple):
+    """What was drawn for one view; the defaults change nothing.
+
+    Attributes:
+        box: (left, top, right, bottom) in pixels of the source image.
+        flip: Whether the view is mirrored.
+        brightness: Factor, >= 0.
+        contrast: Factor, >= 0.
+        saturation: Factor, >= 0.
+        hue: Shift in full turns, in [-0.5, 0.5].
+        order: Order of those four, 0 brightness to 3 hue.
+        gray: Whether the view becomes gray.
+        sigma: Standard deviation of the blur in pixels of the view, 0 for none.
+        solarize: Whether pixels >= 128 are inverted.
+    """
+
+    box: tuple[int, int, int, int]
+    flip: bool = False
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+    hue: float = 0.0
+    order: tuple[int, ...] = (0, 1, 2, 3)
+    gray: bool = False
+    sigma: float = 0.0
+    solarize: bool = False
 
 
-def augment(images: Tensor, recipes: Tensor) -> Tensor:
-    """Applies jitter, grayscale, blur and solarisation, in that order.
+# A value for one image is a float, for several a tensor (B, 1, 1, 1): scalars are what the CPU kernels are fast with.
+Values = Any
+
+
+def augment(images: Tensor, recipes: Sequence[Recipe]) -> Tensor:
+    """Applies jitter, grayscale, blur and solarisation, in that order, clamping to [0, 255] but not rounding.
 
     Args:
         images: Crops in [0, 255], (B, 3, H, W), uint8 or floating point, on any device.
-        recipes: Parameters per image on the CPU, (B, 11) as `IDENTITY` lists them: factors of
-            brightness, contrast and saturation, hue shift in turns, the order of those four,
-            grayscale (0 or 1), sigma of the blur in pixels (0 for none), solarisation (0 or 1).
+        recipes: One per image; `box` and `flip` are not looked at.
 
     Returns:
-        (B, 3, H, W), float32, in [0, 255], not rounded.
+        (B, 3, H, W), float32, in [0, 255].
     """
     x = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     for step in range(4):
-        operation = recipes[:, 4 + step]
-        for index, (function, identity) in enumerate(_JITTER):
-            factors = recipes[:, index]
-            _apply(function, x, (operation == index) & (factors != identity), factors)
-    _apply(_grayscale, x, recipes[:, GRAY] > 0)
-    _apply(_blur, x, recipes[:, SIGMA] > 0, recipes[:, SIGMA])
-    _apply(_solarize, x, recipes[:, SOLARIZE] > 0)
+        for operation in {recipe.order[step] for recipe in recipes}:
+            function, name, identity = _JITTER[operation]
+            values = [getattr(recipe, name) if recipe.order[step] == operation else identity for recipe in recipes]
+            x = _apply(function, x, values, identity)
+    x = _apply(_grayscale, x, [recipe.gray for recipe in recipes], False)
+    x = _apply(_blur, x, [recipe.sigma for recipe in recipes], 0.0)
+    x = _apply(_solarize, x, [recipe.solarize for recipe in recipes], False)
+    return x.expand_as(images)
+
+
+def _apply(
+    function: Callable[[Tensor, list[float]], Tensor], x: Tensor, values: list[float], identity: float
+) -> Tensor:
+    """Runs an operation, which may work in place, on the images whose value is not the identity."""
+    index = [i for i, value in enumerate(values) if value != identity]
+    if len(index) == len(values):
+        return function(x, values)
+    if index:
+        x[index] = function(x[index], [values[i] for i in index])
     return x
 
 
-def _apply(function, x, rows, *parameters):
-    """Replaces the chosen rows of x."""
-    if not rows.any():
-        return
-    if rows.all():
-        x.copy_(function(x, *parameters))
-    else:
-        index = rows.nonzero().squeeze(1)
-        parameters = [p[index] for p in parameters]
-        index = index.to(x.device)
-        x[index] = function(x[index], *parameters)
-
-
-def _per_image(values: Tensor, x: Tensor) -> Tensor:
-    return values.to(x.device, x.dtype).view(-1, 1, 1, 1)
+def _shared(values: Sequence[float], x: Tensor) -> Values:
+    return values[0] if len(values) == 1 else torch.tensor(values, device=x.device).view(-1, 1, 1, 1)
 
 
 def _luma(x: Tensor) -> Tensor:
-    r, g, b = x.split(1, dim=1)
-    return (r * _LUMA[0]).add_(g, alpha=_LUMA[1]).add_(b, alpha=_LUMA[2])
+    r, g, b = x[:, :1], x[:, 1:2], x[:, 2:]
+    return (r * 0.2989).add_(g, alpha=0.587).add_(b, alpha=0.114)  # torchvision's weights
 
 
-def _brightness(x: Tensor, factor: Tensor) -> Tensor:
-    return (x * _per_image(factor, x)).clamp_(max=255)
+def _blend(x: Tensor, other: Tensor, factors: list[float]) -> Tensor:
+    x.lerp_(other, _shared([1 - factor for factor in factors], x))
+    # Up to 1 it is a mean of values in range.
+    return x if max(factors) <= 1 else x.clamp_(0, 255)
 
 
-def _contrast(x: Tensor, factor: Tensor) -> Tensor:
-    factor = _per_image(factor, x)
-    return (x * factor).add_((1 - factor) * _luma(x.mean((2, 3), keepdim=True))).clamp_(0, 255)
+def _brightness(x: Tensor, factors: list[float]) -> Tensor:
+    x.mul_(_shared(factors, x))
+    return x if max(factors) <= 1 else x.clamp_(max=255)
 
 
-def _saturation(x: Tensor, factor: Tensor) -> Tensor:
-    factor = _per_image(factor, x)
-    return (x * factor).add_(_luma(x).mul_(1 - factor)).clamp_(0, 255)
+def _contrast(x: Tensor, factors: list[float]) -> Tensor:
+    return _blend(x, _luma(x.mean((2, 3), keepdim=True)), factors)
 
 
-def _hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue of HSV; value and chroma stay."""
-    r, g, b = x.split(1, dim=1)
-    high = torch.maximum(torch.maximum(r, g), b)
-    chroma = high - torch.minimum(torch.minimum(r, g), b)
-    red, green = r == high, g == high
-    # Sextants: 0 red, 2 green, 4 blue.
-    hue = torch.where(red, g - b, torch.where(green, b - r, r - g))
-    hue.div_(chroma.clamp_min(torch.finfo(x.dtype).tiny))
-    hue.add_(torch.where(red, 0.0, torch.where(green, 2.0, 4.0))).add_(_per_image(6 * shift, x))
-    hue.sub_((hue / 6).floor_(), alpha=6)
-    red = 2 - (hue - 3).abs_()
-    green = (hue - 2).abs_() - 1
-    blue = (hue - 4).abs_() - 1
-    return torch.addcmul(high, chroma, torch.cat([red, green, blue], dim=1).clamp_(0, 1), value=-1)
+def _saturation(x: Tensor, factors: list[float]) -> Tensor:
+    return _blend(x, _luma(x), factors)
 
 
-def _grayscale(x: Tensor) -> Tensor:
-    return _luma(x).expand_as(x)
+def _hue(x: Tensor, shifts: list[float]) -> Tensor:
+    """Turns the hue of HSV; value (high) and chroma stay.
+
+    Free of comparisons, which are slow on the CPU. With a_c = (high - c) / chroma the hue in sextants
+    is +-(2 + a_r - a_g - a_b), positive where g >= b; back, a_c is a clamped triangle wave of the hue.
+    """
+    r, g, b = x[:, :1], x[:, 1:2], x[:, 2:]
+    high = torch.maximum(r, g)
+    torch.maximum(high, b, out=high)
+    chroma = torch.minimum(r, g)
+    torch.minimum(chroma, b, out=chroma)
+    torch.sub(high, chroma, out=chroma).clamp_min_(torch.finfo(x.dtype).tiny)
+    hue = (g + b).sub_(r).sub_(high).div_(chroma).add_(2)
+    wave = g - b
+    hue.copysign_(wave).add_(_shared([6 * shift for shift in shifts], x))
+    hue.sub_(torch.mul(hue, 1 / 6, out=wave).round_(), alpha=6)  # into [-3, 3]
+    torch.addcmul(high + chroma, chroma, torch.abs(hue, out=wave).clamp_(1, 2), value=-1, out=r)
+    high.sub_(chroma, alpha=2)
+    for channel, centre in ((g, -1), (b, 1)):
+        torch.addcmul(high, chroma, torch.sub(hue, centre, out=wave).abs_().clamp_(1, 2), out=channel)
+    return x
 
 
-def _solarize(x: Tensor) -> Tensor:
+def _grayscale(x: Tensor, _: list[float]) -> Tensor:
+    return _luma(x)
+
+
+def _solarize(x: Tensor, _: list[float]) -> Tensor:
     return torch.where(x >= 128, 255 - x, x)
 
 
 def blur_radius(sigma: float) -> int:
-    """Pixels on each side of the kernel: what lies beyond weighs less than 0.1 %."""
-    return int(3 * sigma + 0.999)
+    """Pixels of the kernel on each side: so many that cutting off the rest moves no pixel by more than 0.5 / 255."""
+    return math.ceil(3.29 * sigma - 0.5)
 
 
-def _blur(x: Tensor, sigma: Tensor) -> Tensor:
+def _blur(x: Tensor, sigmas: list[float]) -> Tensor:
     """Separable Gaussian with reflected borders, summed over shifted copies."""
-    radii = (3 * sigma).ceil().clamp_min(1)
-    radius = int(radii.max())
-    offsets = torch.arange(radius + 1)
-    weights = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2) * (offsets <= radii[:, None])
-    weights /= 2 * weights.sum(1, keepdim=True) - weights[:, :1]
-    for dim in (2, 3):
-        size = x.shape[dim]
-        padded = F.pad(x, (radius, radius, 0, 0) if dim == 3 else (0, 0, radius, radius), mode="reflect")
-        x = padded.narrow(dim, radius, size) * _per_image(weights[:, 0], x)
-        for offset in range(1, radius + 1):
-            pair = padded.narrow(dim, radius - offset, size) + padded.narrow(dim, radius + offset, size)
-            x.addcmul_(pair, _per_image(weights[:, offset], x))
+    kernels = [[math.exp(-0.5 * (i / sigma) ** 2) for i in range(blur_radius(sigma) + 1)] for sigma in sigmas]
+    radius = max(map(len, kernels)) - 1
+    sums = [2 * sum(kernel) - 1 for kernel in kernels]
+    weights = [
+        _shared([kernel[i] / total if i < len(kernel) else 0.0 for kernel, total in zip(kernels, sums, strict=True)], x)
+        for i in range(radius + 1)
+    ]
+    for dim, padding in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
+        padded = F.pad(x, padding, mode="reflect")
+        shifted = padded.unfold(dim, x.shape[dim], 1).movedim(-1, dim + 1).unbind(dim)
+        x = shifted[radius] * weights[0]
+        for i, weight in enumerate(weights[1:], 1):
+            for copy in (shifted[radius - i], shifted[radius + i]):
+                x.addcmul_(copy, weight) if isinstance(weight, Tensor) else x.add_(copy, alpha=weight)
     return x
 
 
-_JITTER = ((_brightness, 1.0), (_contrast, 1.0), (_saturation, 1.0), (_hue, 0.0))
+_JITTER = (
+    (_brightness, "brightness", 1.0),
+    (_contrast, "contrast", 1.0),
+    (_saturation, "saturation", 1.0),
+    (_hue, "hue", 0.0),
+)

@@ -1,5 +1,6 @@
 """Multi-crop views of a batch: decode once, crop, resize, augment."""
 
+import contextlib
 import math
 import os
 import warnings
@@ -7,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import combinations
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -14,9 +16,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.functional import pil_to_tensor
 
-from logo_plugin.augment import IDENTITY, augment, blur_radius
+from logo_plugin.augment import Recipe, augment, blur_radius
 
 Range = tuple[float, float]
 T = TypeVar("T", bound="MultiCropTransform")
@@ -42,7 +45,9 @@ class DeferredViews:
     other use raises a TypeError, so that unfinished views never reach a model.
     """
 
-    def __init__(self, views: list[Tensor], recipes: Tensor | None, mean: Tensor, std: Tensor) -> None:
+    def __init__(
+        self, views: list[Tensor], recipes: list[list[Recipe]] | None, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
         self._views, self._recipes, self._mean, self._std = views, recipes, mean, std
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> list[Tensor]:
@@ -55,12 +60,10 @@ class DeferredViews:
         Returns:
             The views, globals first, each (N, 3, H, W), float32.
         """
-        views = []
-        for i, view in enumerate(self._views):
-            x = view.to(device, non_blocking=non_blocking)
-            x = x.float() if self._recipes is None else augment(x, self._recipes[i])
-            views.append(_normalize(x.contiguous(), self._mean, self._std))
-        return views
+        views = [view.to(device, non_blocking=non_blocking) for view in self._views]
+        if self._recipes is not None:
+            views = [augment(view, recipes) for view, recipes in zip(views, self._recipes, strict=True)]
+        return [_normalize(view, self._mean, self._std) for view in views]
 
     def pin_memory(self) -> "DeferredViews":
         """For `DataLoader(pin_memory=True)`."""
@@ -134,7 +137,9 @@ class MultiCropTransform:
         for name in ("global_scale", "local_scale"):
             _check(self, name, "(low, high) with 0 < low <= high <= 1", lambda v: 0 < v[0] <= v[1] <= 1 and len(v) == 2)
         for name in ("ratio", "blur_sigma"):
-            _check(self, name, "(low, high) with 0 < low <= high", lambda v: 0 < v[0] <= v[1] < math.inf and len(v) == 2)
+            _check(
+                self, name, "(low, high) with 0 < low <= high", lambda v: 0 < v[0] <= v[1] < math.inf and len(v) == 2
+            )
         for name in ("flip_p", "jitter_p", "grayscale_p", "blur_p", "solarize_p"):
             _check(self, name, "a probability in [0, 1]", lambda v: 0 <= v <= 1)
         for name in ("brightness", "contrast", "saturation"):
@@ -178,37 +183,37 @@ class MultiCropTransform:
             ValueError: If the image cannot be decoded.
             TypeError: If it is none of these kinds.
         """
-        pixels = _decode(image)
-        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
-        views = []
-        for size, (box, flip, recipe) in zip(self._sizes(), self._draw(pixels)):
-            crop = _crop(pixels, box, size, flip)
-            views.append(_normalize(augment(crop, torch.tensor([recipe])), mean, std)[0])
+        views = self._empty(torch.float32)
+        self._render(_decode(image), views)
         return views
 
-    def _sizes(self) -> list[int]:
-        return [self.global_size] * self.global_crops + [self.local_size] * self.local_crops
+    def draw(self, width: int, height: int) -> list[Recipe]:
+        """Draws what becomes of each view, globals first, from torch's global generator.
 
-    def _draw(self, pixels: Tensor) -> list[tuple[tuple[int, int, int, int], bool, tuple[float, ...]]]:
-        """Draws box, flip and recipe of each view."""
-        height, width = pixels.shape[-2:]
-        uniform: list[list[float]] = torch.rand(self.global_crops + self.local_crops, 54).tolist()
-        drawn = []
-        for view, u in enumerate(uniform):
+        Args:
+            width: Of the source image, in pixels.
+            height: Of the source image, in pixels.
+        """
+        recipes = []
+        for view, u in enumerate(torch.rand(self.global_crops + self.local_crops, 54).tolist()):
             scale = self.global_scale if view < self.global_crops else self.local_scale
-            box = self._draw_box(width, height, scale, u[14:])
-            recipe = list(IDENTITY)
-            if u[1] < self.jitter_p:
-                for i, strength in enumerate((self.brightness, self.contrast, self.saturation)):
-                    recipe[i] = _between(max(0.0, 1 - strength), 1 + strength, u[2 + i])
-                recipe[3] = _between(-self.hue, self.hue, u[5])
-                recipe[4:8] = sorted(range(4), key=u[6:10].__getitem__)
-            recipe[8] = u[10] < self.grayscale_p
-            if u[11] < self.blur_p:
-                recipe[9] = _between(*self.blur_sigma, u[12])
-            recipe[10] = u[13] < self.solarize_p
-            drawn.append((box, u[0] < self.flip_p, tuple(map(float, recipe))))
-        return drawn
+            recipe = Recipe(
+                box=self._draw_box(width, height, scale, u[14:]),
+                flip=u[0] < self.flip_p,
+                gray=u[1] < self.grayscale_p,
+                sigma=_between(*self.blur_sigma, u[3]) if u[2] < self.blur_p else 0.0,
+                solarize=u[4] < self.solarize_p,
+            )
+            if u[5] < self.jitter_p:
+                recipe = recipe._replace(
+                    brightness=_between(max(0.0, 1 - self.brightness), 1 + self.brightness, u[6]),
+                    contrast=_between(max(0.0, 1 - self.contrast), 1 + self.contrast, u[7]),
+                    saturation=_between(max(0.0, 1 - self.saturation), 1 + self.saturation, u[8]),
+                    hue=_between(-self.hue, self.hue, u[9]),
+                    order=tuple(sorted(range(4), key=u[10:14].__getitem__)),
+                )
+            recipes.append(recipe)
+        return recipes
 
     def _draw_box(self, width: int, height: int, scale: Range, u: Sequence[float]) -> tuple[int, int, int, int]:
         """As torchvision's RandomResizedCrop: ten attempts, then the largest central crop within `ratio`."""
@@ -228,6 +233,23 @@ class MultiCropTransform:
             w = max(1, round(height * self.ratio[1]))
         left, top = (width - w) // 2, (height - h) // 2
         return left, top, left + w, top + h
+
+    def _empty(self, dtype: torch.dtype, *batch: int) -> list[Tensor]:
+        sizes = [self.global_size] * self.global_crops + [self.local_size] * self.local_crops
+        return [torch.empty(*batch, 3, size, size, dtype=dtype) for size in sizes]
+
+    def _render(self, pixels: Tensor, out: list[Tensor], defer: str | None = None) -> list[Recipe]:
+        """Draws the views of one image into `out`; gives what was drawn."""
+        recipes = self.draw(pixels.shape[1], pixels.shape[0])
+        for recipe, view in zip(recipes, out, strict=True):
+            x = _crop(pixels, recipe, view.shape[-1])
+            if defer != "augment":
+                x = augment(x, [recipe])
+            if defer is None:
+                _normalize(x[0], self.mean, self.std, out=view)
+            else:
+                view.copy_(x[0].round() if x.is_floating_point() else x[0])
+        return recipes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,57 +302,53 @@ class MultiCropCollate(MultiCropTransform):
                 `on_error="skip"` only if none of the batch can.
             TypeError: If the samples are of another kind.
         """
-        rows = [sample if isinstance(sample, (tuple, list)) else (sample,) for sample in samples]
+        rows: list[Sequence[Any]] = [s if isinstance(s, (tuple, list)) else (s,) for s in samples]
         if not rows or any(len(row) != len(rows[0]) or not 1 <= len(row) <= 3 for row in rows):
             raise TypeError(
                 "MultiCropCollate expects samples that are all (image, target), (image, target, filename) or images, "
                 f"got {len(rows)} samples with {sorted({len(row) for row in rows})} items."
             )
-        rows, decoded = self._decode(rows)
-        sizes = self._sizes()
-        dtype = torch.float32 if self.defer is None else torch.uint8
-        views = [torch.empty(len(rows), 3, size, size, dtype=dtype) for size in sizes]
-        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
-        boxes = torch.empty(len(sizes), len(rows), 4)
-        flips = torch.empty(len(sizes), len(rows), dtype=torch.bool)
-        recipes = torch.empty(len(sizes), len(rows), len(IDENTITY))
-        for n, pixels in enumerate(decoded):
-            for v, (box, flip, recipe) in enumerate(self._draw(pixels)):
-                boxes[v, n], flips[v, n], recipes[v, n] = torch.tensor(box), flip, torch.tensor(recipe)
-                x = _crop(pixels, box, sizes[v], flip)
-                if self.defer != "augment":
-                    x = augment(x, recipes[v, n : n + 1])
-                    x = _normalize(x, mean, std) if self.defer is None else x.round_()
-                views[v][n] = x[0]
-        batch: list[Any] = [views]
-        if self.defer is not None:
-            batch = [DeferredViews(views, recipes if self.defer == "augment" else None, mean, std)]
-        columns = list(zip(*rows))[1:]
-        batch += [default_collate(targets) for targets in columns[:1]] + [list(names) for names in columns[1:]]
-        return [*batch, CropBoxes(boxes, flips)] if self.return_boxes else batch
-
-    def _decode(self, rows: list[Any]) -> tuple[list[Any], list[Tensor]]:
-        """Decodes the images; fills the places of bad ones if they are to be skipped."""
-        decoded: list[Tensor | None] = []
-        for position, row in enumerate(rows):
+        views = self._empty(torch.float32 if self.defer is None else torch.uint8, len(rows))
+        drawn: list[list[Recipe] | None] = []
+        for n, row in enumerate(rows):
             try:
-                decoded.append(_decode(row[0]))
-            except ValueError as error:
-                name = row[2] if len(row) == 3 else row[0] if isinstance(row[0], (str, os.PathLike)) else None
-                message = f"sample {position} of the batch" + (f" ({name})" if name is not None else "") + f": {error}"
-                if self.on_error == "raise":
-                    raise ValueError(
-                        f'{message} Remove it, or pass on_error="skip" to replace bad images by others.'
-                    ) from error
-                if name is None or str(name) not in self._warned:
-                    self._warned.add(str(name))
-                    warnings.warn(f"skipped {message}", stacklevel=2)
-                decoded.append(None)
-        good = [i for i, pixels in enumerate(decoded) if pixels is not None]
+                drawn.append(self._render(_decode(row[0]), [view[n] for view in views], self.defer))
+            except UndecodableError as error:
+                self._report(n, row, error)
+                drawn.append(None)
+        good = [n for n, recipes in enumerate(drawn) if recipes is not None]
         if not good:
             raise ValueError(f"none of the {len(rows)} images of the batch can be decoded; see the warnings for each.")
-        source = [i if pixels is not None else good[int(torch.randint(len(good), ()))] for i, pixels in enumerate(decoded)]
-        return [rows[i] for i in source], [pixels for i in source if (pixels := decoded[i]) is not None]
+        recipes = []
+        for n, recipe in enumerate(drawn):
+            if recipe is None:
+                rows[n] = rows[good[int(torch.randint(len(good), ()))]]
+                recipe = self._render(_decode(rows[n][0]), [view[n] for view in views], self.defer)
+            recipes.append(recipe)
+        by_view = [list(column) for column in zip(*recipes, strict=True)]
+        columns = list(zip(*rows, strict=True))[1:]
+        batch: list[Any] = [views]
+        if self.defer is not None:
+            batch = [DeferredViews(views, by_view if self.defer == "augment" else None, self.mean, self.std)]
+        batch += [default_collate(targets) for targets in columns[:1]] + [list(names) for names in columns[1:]]
+        if self.return_boxes:
+            boxes = torch.tensor([[recipe.box for recipe in view] for view in by_view], dtype=torch.float32)
+            batch.append(CropBoxes(boxes, torch.tensor([[recipe.flip for recipe in view] for view in by_view])))
+        return batch
+
+    def _report(self, position: int, row: Sequence[Any], error: Exception) -> None:
+        """Raises or warns, naming the sample."""
+        name = row[2] if len(row) == 3 else row[0] if isinstance(row[0], (str, os.PathLike)) else None
+        message = f"sample {position} of the batch" + (f" ({name})" if name is not None else "") + f": {error}"
+        if self.on_error == "raise":
+            raise ValueError(f'{message} Remove it, or replace bad images with on_error="skip".') from error
+        if name is None or str(name) not in self._warned:
+            self._warned.add(str(name))
+            warnings.warn(f"{message} Another image takes its place.", stacklevel=3)
+
+
+class UndecodableError(ValueError):
+    """An image that cannot be decoded."""
 
 
 def crop_overlap(boxes: Tensor) -> Tensor:
@@ -348,7 +366,7 @@ def crop_overlap(boxes: Tensor) -> Tensor:
     """
     if boxes.ndim != 3 or boxes.shape[2] != 4 or len(boxes) < 2:
         raise ValueError(f"boxes must have shape (L, N, 4) with L >= 2, got {tuple(boxes.shape)}.")
-    first, second = (boxes[list(side)] for side in zip(*combinations(range(len(boxes)), 2)))
+    first, second = (boxes[list(side)] for side in zip(*combinations(range(len(boxes)), 2), strict=True))
     corner = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
     intersection = corner.clamp_min(0).prod(-1)
     union = sum((side[..., 2:] - side[..., :2]).prod(-1) for side in (first, second)) - intersection
@@ -356,32 +374,34 @@ def crop_overlap(boxes: Tensor) -> Tensor:
 
 
 def _decode(image: ImageLike) -> Tensor:
-    """Gives (1, 3, H, W), uint8, channels last in memory."""
+    """Gives (H, W, 3), uint8."""
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3, 4) or not image.numel():
             raise TypeError(
-                f"an image tensor must be uint8 (C, H, W) with 1, 3 or 4 channels, got {image.dtype} {tuple(image.shape)}. "
-                "Give it before any conversion to float."
+                f"an image tensor must be uint8 (C, H, W) with 1, 3 or 4 channels, "
+                f"got {image.dtype} {tuple(image.shape)}. Give it before any conversion to float."
             )
-        pixels = image[:3].expand(3, -1, -1)
-    else:
-        if not isinstance(image, (Image.Image, bytes, str, os.PathLike)):
-            raise TypeError(
-                "an image must be a PIL image, a uint8 tensor (C, H, W), encoded bytes or a path, "
-                f"got {type(image).__name__}."
-            )
-        try:
-            pixels = pil_to_tensor(_rgb(image))
-        # Pillow's decoders raise nearly anything on a damaged file.
-        except Exception as error:
-            raise ValueError(f"cannot decode the image ({type(error).__name__}: {error}).") from error
-    return pixels[None].contiguous(memory_format=torch.channels_last)
+        return image[:3].expand(3, -1, -1).permute(1, 2, 0)
+    if not isinstance(image, (Image.Image, bytes, str, os.PathLike)):
+        raise TypeError(
+            "an image must be a PIL image, a uint8 tensor (C, H, W), encoded bytes or a path, "
+            f"got {type(image).__name__}."
+        )
+    try:
+        if isinstance(image, (str, os.PathLike)):
+            image = Path(image).read_bytes()
+        if isinstance(image, bytes) and image.startswith(b"\xff\xd8"):
+            # The same pixels as Pillow's, without its detour over four bytes per pixel. What it refuses, Pillow judges.
+            with contextlib.suppress(RuntimeError):
+                encoded = torch.frombuffer(bytearray(image), dtype=torch.uint8)
+                return decode_jpeg(encoded, mode=ImageReadMode.RGB).permute(1, 2, 0)
+        return pil_to_tensor(_rgb(Image.open(BytesIO(image)) if isinstance(image, bytes) else image)).permute(1, 2, 0)
+    # Pillow's decoders raise nearly anything on a damaged file.
+    except Exception as error:
+        raise UndecodableError(f"cannot decode the image ({type(error).__name__}: {error}).") from error
 
 
-def _rgb(image: Image.Image | bytes | str | os.PathLike[str]) -> Image.Image:
-    if not isinstance(image, Image.Image):
-        with Image.open(BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            return _rgb(opened)
+def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point images have no fixed range; convert them to 8 bits")
     if image.mode.startswith("I"):
@@ -390,18 +410,22 @@ def _rgb(image: Image.Image | bytes | str | os.PathLike[str]) -> Image.Image:
     return image.convert("RGB")
 
 
-def _crop(pixels: Tensor, box: tuple[int, int, int, int], size: int, flip: bool) -> Tensor:
+def _crop(pixels: Tensor, recipe: Recipe, size: int) -> Tensor:
     """Gives (1, 3, size, size), uint8."""
-    left, top, right, bottom = box
-    crop = pixels[..., top:bottom, left:right]
-    crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
-    return crop.flip(-1) if flip else crop
+    left, top, right, bottom = recipe.box
+    # A copy: the fast kernel wants the crop dense, channels last.
+    crop = pixels[top:bottom, left:right].contiguous().permute(2, 0, 1)[None]
+    crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)
+    return crop.flip(-1) if recipe.flip else crop
 
 
-def _normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """From [0, 255] to zero mean and unit deviation, in place."""
-    mean, std = (255 * statistic.to(x.device).view(3, 1, 1) for statistic in (mean, std))
-    return x.sub_(mean).div_(std)
+def _normalize(x: Tensor, mean: Sequence[float], std: Sequence[float], out: Tensor | None = None) -> Tensor:
+    """(x / 255 - mean) / std for (..., 3, H, W)."""
+    shift, scale = (
+        torch.tensor(values, device=x.device).view(3, 1, 1)
+        for values in ([255 * m for m in mean], [1 / (255 * s) for s in std])
+    )
+    return torch.sub(x, shift, out=out).mul_(scale)
 
 
 def _between(low: float, high: float, u: float) -> float:
