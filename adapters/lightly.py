@@ -26,7 +26,7 @@ _ONLINE = ("forward_student", "forward_query_encoder", "forward")
 _TARGET = ("forward_momentum", "forward_teacher", "forward_key_encoder")
 _PROJECTOR = ("projection_head", "projection_mlp", "projector")
 _PREDICTOR = ("prediction_head", "prediction_mlp", "predictor")
-_COMPOSE = ""  # settings.online: run backbone, projector and predictor in turn
+_COMPOSE = "backbone, projector, predictor"  # in place of a method's name
 _STEPS_BEFORE_WARNING = 32
 
 
@@ -333,16 +333,7 @@ def _forward_local(
     preds: list[Tensor] = []
     projs: list[Tensor] = []
     for batch in batches:
-        try:
-            pred, proj = _online(model, batch)
-        except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError) or batch.shape[-2:] == global_view.shape[-2:]:
-                raise
-            raise RuntimeError(
-                f"the online network failed on local crops {tuple(batch.shape)}, while global crops are "
-                f"{tuple(global_view.shape)}. If the backbone takes one size only, use local_size=global_size, "
-                "or build it for other sizes (timm: dynamic_img_size=True for ViT, strict_img_size=False for Swin)."
-            ) from error
+        pred, proj = _online(model, batch, global_view)
         if not isinstance(pred, Tensor) or pred.shape != (len(batch), features):
             got = tuple(pred.shape) if isinstance(pred, Tensor) else type(pred).__name__
             raise RuntimeError(
@@ -350,45 +341,59 @@ def _forward_local(
                 f"predictions ({len(batch)}, {features}). Name the method from images to predictions with online=."
             )
         preds += torch.split(pred, len(global_view))
-        projs += torch.split(proj, len(global_view))
+        projs += proj
     return preds, projs
 
 
-def _online(model: _LoGo, images: Tensor) -> tuple[Any, Tensor]:
-    """Prediction and projection of images, through the user's own method where one runs the heads."""
+def _online(model: _LoGo, images: Tensor, global_view: Tensor) -> tuple[Any, Sequence[Tensor]]:
+    """Predictions, and projections split to the batch size, by the first method that runs the heads."""
     settings, heads = model.logo_settings, _heads(model, model.logo_settings.projector)
-    if settings.online is None:
-        names = (name for name in _ONLINE if _defines(model, name))
-        settings.online = _COMPOSE if _takes_two_views(heads.owner) else next(names, _COMPOSE)
-        if settings.online != _COMPOSE:
-            pred, ran = _run(model, settings.online, images, heads)
-            if len(ran) == (1 if heads.predictor is None else 2):
-                return pred, ran[heads.projector]
-            settings.online = _COMPOSE  # that method extracts features for inference
-    if settings.online != _COMPOSE:
-        pred, ran = _run(model, settings.online, images, heads)
-        if heads.projector not in ran:
-            raise RuntimeError(f"online={settings.online!r} does not run the projector; name that with projector=.")
-        return pred, ran[heads.projector]
-    if not isinstance(getattr(heads.owner, "backbone", None), nn.Module):
-        raise RuntimeError(
-            f"{type(model).__name__} has no backbone and no method from images to predictions that LoGo knows "
-            f"({', '.join(_ONLINE)}). Name it with online=."
-        )
-    proj = heads.projector(heads.owner.backbone(images).flatten(start_dim=1))  # type: ignore[operator]
-    return (proj if heads.predictor is None else heads.predictor(proj)), proj
+    methods: list[str | Callable[[Tensor], Any]] = [settings.online] if settings.online else []
+    if not settings.online:
+        if not _takes_two_views(heads.owner):
+            methods += [name for name in _ONLINE if _defines(model, name)][:1]
+        if isinstance(getattr(heads.owner, "backbone", None), nn.Module):
+            methods.append(_COMPOSE)
+    for method in methods:
+        pred, ran = _run(model, method, images, global_view, heads)
+        if heads.projector in ran and (settings.online or heads.predictor is None or heads.predictor in ran):
+            settings.online = method
+            return pred, ran[heads.projector]
+    raise RuntimeError(
+        f"no method of {type(model).__name__} that LoGo knows runs the projector (tried {methods}). Name the method "
+        "from images to predictions with online=, or the projector with projector=."
+    )
 
 
 def _run(
-    model: _LoGo, method: str | Callable[[Tensor], Any], images: Tensor, heads: "_Heads"
-) -> tuple[Any, dict[nn.Module, Tensor]]:
+    model: _LoGo, method: str | Callable[[Tensor], Any], images: Tensor, global_view: Tensor, heads: _Heads
+) -> tuple[Any, dict[nn.Module, Sequence[Tensor]]]:
     """The method's last output, and the outputs of the heads that it ran."""
-    ran: dict[nn.Module, Tensor] = {}
+    ran: dict[nn.Module, Sequence[Tensor]] = {}
+
+    def remember(head: nn.Module, _: Any, out: Tensor) -> Tensor:
+        ran[head] = torch.split(out, len(global_view))
+        # What follows must compute from the pieces: the gradient ratio is taken at them.
+        return ran[head][0] if len(ran[head]) == 1 else torch.cat(list(ran[head]))
+
     with ExitStack() as stack:
         for head in (heads.projector, heads.predictor):
             if head is not None:
-                stack.callback(head.register_forward_hook(lambda m, _, out: ran.__setitem__(m, out)).remove)
-        out = _call(model, method, images)
+                stack.callback(head.register_forward_hook(remember).remove)
+        try:
+            if method == _COMPOSE:
+                out = heads.projector(heads.owner.backbone(images).flatten(start_dim=1))  # type: ignore[operator]
+                out = out if heads.predictor is None else heads.predictor(out)
+            else:
+                out = _call(model, method, images)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError) or images.shape[1:] == global_view.shape[1:]:
+                raise
+            raise RuntimeError(
+                f"the online network failed on local crops {tuple(images.shape)}, while global crops are "
+                f"{tuple(global_view.shape)}. If the backbone takes one size only, use local_size=global_size, "
+                "or build it for other sizes (timm: dynamic_img_size=True for ViT, strict_img_size=False for Swin)."
+            ) from error
     return (out[-1] if isinstance(out, (tuple, list)) else out), ran
 
 
@@ -406,9 +411,9 @@ def _plain_step(model: _PlainLoGo, views: Sequence[Tensor]) -> Tensor:
     # MoCo with a queue: one direction, as in lightly's example, since every call enqueues its keys.
     one_way = target is not None and getattr(getattr(criterion, "memory_bank", None), "size", (0,))[0] > 0
     pairs = ((0, 1),) if one_way else ((0, 1), (1, 0))
-    online = [_online(model, view) for view in views[: len(pairs)]]
+    online = [_online(model, view, views[0]) for view in views[: len(pairs)]]
     losses = [
-        criterion(online[i][0], _call(model, target, views[j]).detach() if target else online[j][1].detach())
+        criterion(online[i][0], (_call(model, target, views[j]) if target else online[j][1][0]).detach())
         for i, j in pairs
     ]
     return torch.stack(losses).mean()

@@ -19,7 +19,11 @@ from torch import nn
 
 def small_backbone():
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.AdaptiveAvgPool2d(1)
+        nn.Conv2d(3, 16, 3, stride=2),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2),
+        nn.AdaptiveAvgPool2d(1),
     )
 
 

@@ -87,14 +87,14 @@ def test_distributed_example_keeps_two_ranks_identical(method, tmp_path):
     source = source.replace('devices="auto"', "devices=2").replace('accelerator="gpu"', 'accelerator="cpu"')
     source = source.replace('strategy="ddp"', "strategy=pl.strategies.DDPStrategy(process_group_backend='gloo')")
     source = source.replace("sync_batchnorm=True", "sync_batchnorm=False")
-    source += """
+    source += f"""
 mine = torch.cat([p.detach().flatten() for p in model.parameters()])
 both = trainer.strategy.all_gather(mine)
 assert torch.equal(both[0], both[1])
 start = {cls}()
 assert sum(p.numel() for p in model.logo.parameters()) > 0
 print("rank", trainer.global_rank, "identical", mine.numel())
-""".format(cls=cls)
+"""
     out = run(PREPARE.format(here=str(Path(__file__).parent)) + source, tmp_path)
     assert "identical" in out
 
