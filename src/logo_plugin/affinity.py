@@ -1,8 +1,11 @@
 """The learned pair scorer: how likely do two local crops show the same image?"""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Affinity(nn.Module):
@@ -65,7 +68,7 @@ class Affinity(nn.Module):
             # statistics of the P batches apart.
             hidden = pairs.reshape(-1, *pairs.shape[-2:]).transpose(0, 1)
             for layer in self.mlp:
-                hidden = _grouped_batch_norm(layer, hidden) if hasattr(layer, "running_mean") else layer(hidden)
+                hidden = _grouped_batch_norm(layer, hidden) if isinstance(layer, _BatchNorm) else layer(hidden)
         return hidden.squeeze(-1).T.reshape(first.shape[:-1])
 
 
@@ -74,7 +77,7 @@ def full_precision(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _grouped_batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
+def _grouped_batch_norm(norm: Any, x: Tensor) -> Tensor:
     """BatchNorm of (N, P, C) with the statistics of each P apart; also serves a SyncBatchNorm."""
     groups = x.shape[1]
     mean, var, weight, bias = (

@@ -1,7 +1,7 @@
 """The LoGo objective (Zhang et al., CVPR 2022, https://arxiv.org/abs/2203.17205)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations, permutations
 from typing import Literal, NamedTuple
 
@@ -90,7 +90,7 @@ class LoGoLoss(nn.Module):
                 "give a fixed weight or a gradient ratio, not both."
             )
         self.affinity = affinity
-        self.similarity: Similarity = negative_cosine if similarity == "cosine" else similarity  # type: ignore[assignment]
+        self.similarity: Similarity = negative_cosine if similarity == "cosine" else similarity
         self.gradient_ratio = None if gradient_ratio is None else _weight("gradient_ratio", gradient_ratio)
         self.local_weight = _weight("local_weight", 1e-4 if local_weight is None else local_weight)
         self.local_global_weight = _weight("local_global_weight", local_global_weight)
@@ -208,16 +208,15 @@ class LoGoLoss(nn.Module):
         )
         weight: float | Tensor = self.local_weight
         if self.gradient_ratio is not None:
-            weight = _capped_weight(pull, local_local, proj, self.gradient_ratio)
+            source = [local_proj] if isinstance(local_proj, Tensor) else proj
+            weight = _capped_weight(pull, local_local, source, self.gradient_ratio)
         return LoGoTerms(total + weight * local_local + affinity, global_global, local_global, local_local, affinity)
 
     def extra_repr(self) -> str:
-        weight = f"local_weight={self.local_weight}" if self.gradient_ratio is None else f"gradient_ratio={self.gradient_ratio}"
-        return (
-            f"similarity={getattr(self.similarity, '__name__', self.similarity)}, {weight}, "
-            f"affinity_loss={self.affinity_loss!r}, positive_noise={self.positive_noise}, "
-            f"repulsion={self.repulsion!r}, reduction={self.reduction!r}"
-        )
+        """What `print(model)` shows of the options."""
+        weight = "local_weight" if self.gradient_ratio is None else "gradient_ratio"
+        names = (weight, "local_global_weight", "affinity_loss", "positive_noise", "repulsion", "reduction")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 def negative_cosine(pred: Tensor, target: Tensor) -> Tensor:
@@ -269,9 +268,9 @@ def local_local_loss(affinity: nn.Module, local_proj: Tensor, *, repulsion: str 
     Returns:
         Scalar; its gradient reaches `local_proj` only.
     """
-    first, second = zip(*combinations(range(len(local_proj)), 2))
+    first, second = _pairs(local_proj, combinations)
     frozen = {name: parameter.detach() for name, parameter in affinity.named_parameters()}
-    logits = functional_call(affinity, frozen, (local_proj[list(first)], local_proj[list(second)]))
+    logits: Tensor = functional_call(affinity, frozen, (local_proj[first], local_proj[second]))
     return (F.softplus(logits) if repulsion == "softplus" else logits).mean()
 
 
@@ -297,15 +296,14 @@ def affinity_loss(
         Scalar; its gradient reaches the parameters of `affinity` only.
     """
     z = local_proj.detach()
-    orders = permutations if form == "logistic" else combinations
-    first, second = (list(side) for side in zip(*orders(range(len(z)), 2)))
+    first, second = _pairs(z, permutations if form == "logistic" else combinations)
     n = z.shape[1]
     if partner is None:
         shift = torch.randint(1, n, (), device=z.device)
         partner = (torch.arange(n, device=z.device) + shift) % n
     if not isinstance(noise, Tensor):
         noise = noise * torch.randn(2, *z.shape[1:], device=z.device, dtype=z.dtype)
-    logits = affinity(
+    logits: Tensor = affinity(
         torch.cat([z[first] + noise[0], z[first]]),
         torch.cat([z[second] + noise[1], z[second][:, partner]]),
     )
@@ -315,23 +313,29 @@ def affinity_loss(
     return negative.mean() - positive.mean()
 
 
+def _pairs(views: Tensor, pairing: Callable[[range, int], Iterable[tuple[int, ...]]]) -> tuple[list[int], list[int]]:
+    pairs = list(pairing(range(len(views)), 2))
+    return [i for i, _ in pairs], [j for _, j in pairs]
+
+
 def _capped_weight(pull: Tensor, local_local: Tensor, proj: Sequence[Tensor], ratio: float) -> Tensor:
     """Largest weight <= 1 that keeps local_local's gradient at proj within `ratio` of pull's."""
     norms = []
     for term in (pull, local_local):
-        # Scaled by N: the gradient per image does not underflow in half precision, the ratio is the same.
-        gradients = (
-            torch.autograd.grad(term, proj, term.new_tensor(len(proj[0])), retain_graph=True, allow_unused=True)
-            if term.requires_grad and all(z.requires_grad for z in proj)
-            else [None]
-        )
-        if any(gradient is None for gradient in gradients):
+        gradients: Sequence[Tensor | None] = [None]
+        if term.requires_grad and all(z.requires_grad for z in proj):
+            # Times N: the gradient of one image does not underflow in half precision, the ratio stays.
+            n = term.new_tensor(proj[0].shape[-2])
+            gradients = torch.autograd.grad(term, proj, n, retain_graph=True, allow_unused=True)
+        found = [full_precision(gradient).norm() for gradient in gradients if gradient is not None]
+        if len(found) < len(proj):
             raise ValueError(
                 "gradient_ratio needs the gradient of the similarity at local_proj: call it with gradients enabled, "
                 "local_proj not detached, and local_pred computed from the very tensors passed as local_proj."
             )
-        norms.append(torch.stack([gradient.float().norm() for gradient in gradients if gradient is not None]).norm())
-    return (ratio * norms[0] / norms[1].clamp_min(torch.finfo(norms[1].dtype).tiny)).clamp(max=1.0)
+        norms.append(torch.stack(found).norm())
+    weight: Tensor = ratio * norms[0] / norms[1].clamp_min(torch.finfo(norms[1].dtype).tiny)
+    return weight.clamp(max=1.0)
 
 
 def _views(name: str, value: Views | None) -> list[Tensor]:
@@ -341,7 +345,12 @@ def _views(name: str, value: Views | None) -> list[Tensor]:
         raise ValueError(f"{name} must be a tensor (V, N, D) or V tensors (N, D), got {type(value).__name__}.")
     views = list(value.unbind(0)) if isinstance(value, Tensor) else list(value)
     for view in views:
-        if not isinstance(view, Tensor) or view.ndim != 2 or view.shape != views[0].shape or not view.is_floating_point():
+        if (
+            not isinstance(view, Tensor)
+            or view.ndim != 2
+            or view.shape != views[0].shape
+            or not view.is_floating_point()
+        ):
             raise ValueError(f"{name} must be floating-point views of one shape (N, D), got {_shapes(views)}.")
     return views
 

@@ -1,0 +1,126 @@
+"""lightly's own example files, from a clone at LIGHTLY_ROOT, with one line added.
+
+Each file is run as it is, apart from what makes it small: the data set, the number of epochs, workers
+and devices. They are never copied into this repository.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = os.environ.get("LIGHTLY_ROOT")
+pytestmark = pytest.mark.skipif(not ROOT, reason="LIGHTLY_ROOT names no clone of lightly")
+CLASSES = {"byol": "BYOL", "moco": "MoCo", "simsiam": "SimSiam"}
+
+PREPARE = """
+import warnings; warnings.simplefilter("ignore")
+import sys, torch; sys.path.insert(0, {here!r})
+from photos import tiles
+torch.set_num_threads(1); torch.manual_seed(0)
+"""
+FINISH = """
+import copy, math
+assert model.current_epoch == {epochs}, model.current_epoch
+for name in ("global_global", "local_global", "local_local", "affinity"):
+    assert math.isfinite(trainer.callback_metrics["logo/" + name]), trainer.callback_metrics
+trainer.save_checkpoint({checkpoint!r})
+again = wrap({cls}())
+trainer = pl.Trainer(max_epochs={epochs} + 1, devices=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+trainer.fit(again, dataloader, ckpt_path={checkpoint!r})
+assert again.current_epoch == {epochs} + 1
+assert trainer.global_step == ({epochs} + 1) * len(dataloader), trainer.global_step
+print("resumed at epoch", {epochs})
+"""
+
+
+def shrunk(source, folder):
+    """The example on a few photographs, for two epochs on the CPU."""
+    source = re.sub(r"torchvision\.datasets\.CIFAR10\(.*?\n\)", "tiles(32)", source, flags=re.S)
+    source = re.sub(r"batch_size=256", "batch_size=16", source)
+    source = re.sub(r"num_workers=8", "num_workers=0", source)
+    source = re.sub(r"max_epochs=10|epochs = 10|range\(10\)", lambda m: m[0].replace("10", "2"), source)
+    return source.replace("pl.Trainer(", f"pl.Trainer(default_root_dir={folder!r}, enable_progress_bar=False, ")
+
+
+def run(source, folder, **environment):
+    script = Path(folder, "script.py")
+    script.write_text(source)
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+COLLATE = "    collate_fn=MultiCropCollate.cifar10(),\n"
+
+
+@pytest.mark.parametrize("method", CLASSES)
+def test_lightning_example_trains_and_resumes(method, tmp_path):
+    source = Path(ROOT, "examples", "pytorch_lightning", f"{method}.py").read_text()
+    cls = CLASSES[method]
+    source = shrunk(source, str(tmp_path))
+    # The user's two edits: wrap the model, and let the collate make the crops.
+    source = source.replace(
+        f"model = {cls}()\n", f"from logo_plugin import MultiCropCollate, wrap\nmodel = wrap({cls}())\n"
+    )
+    source = source.replace("    drop_last=True,\n", "    drop_last=True,\n" + COLLATE)
+    source += FINISH.format(cls=cls, epochs=2, checkpoint=str(tmp_path / "last.ckpt"))
+    out = run(PREPARE.format(here=str(Path(__file__).parent)) + source, tmp_path)
+    assert "resumed at epoch 2" in out
+
+
+@pytest.mark.parametrize("method", CLASSES)
+def test_distributed_example_keeps_two_ranks_identical(method, tmp_path):
+    source = Path(ROOT, "examples", "pytorch_lightning_distributed", f"{method}.py").read_text()
+    cls = CLASSES[method]
+    source = shrunk(source, str(tmp_path))
+    source = source.replace(
+        f"model = {cls}()\n", f"from logo_plugin import MultiCropCollate, wrap\nmodel = wrap({cls}())\n"
+    )
+    source = source.replace("    drop_last=True,\n", "    drop_last=True,\n" + COLLATE)
+    # A machine without GPUs: two gloo processes, and no SyncBatchNorm, which needs GPUs.
+    source = source.replace('devices="auto"', "devices=2").replace('accelerator="gpu"', 'accelerator="cpu"')
+    source = source.replace('strategy="ddp"', "strategy=pl.strategies.DDPStrategy(process_group_backend='gloo')")
+    source = source.replace("sync_batchnorm=True", "sync_batchnorm=False")
+    source += f"""
+mine = torch.cat([p.detach().flatten() for p in model.parameters()])
+both = trainer.strategy.all_gather(mine)
+assert torch.equal(both[0], both[1])
+start = {cls}()
+assert sum(p.numel() for p in model.logo.parameters()) > 0
+print("rank", trainer.global_rank, "identical", mine.numel())
+"""
+    out = run(PREPARE.format(here=str(Path(__file__).parent)) + source, tmp_path)
+    assert "identical" in out
+
+
+@pytest.mark.parametrize("method", CLASSES)
+def test_plain_pytorch_example(method, tmp_path):
+    source = Path(ROOT, "examples", "pytorch", f"{method}.py").read_text()
+    source = shrunk(source, str(tmp_path))
+    source = source.replace("    drop_last=True,\n", "    drop_last=True,\n" + COLLATE)
+    # A plain loop: wrap before the optimizer is built, and one call in place of forwards and criterion.
+    source = source.replace(
+        "optimizer = ",
+        "from logo_plugin import MultiCropCollate, wrap\nmodel = wrap(model, criterion=criterion)\noptimizer = ",
+    )
+    source = source.replace("dataloader = ", "from logo_plugin import MultiCropCollate, wrap\ndataloader = ")
+    source = re.sub(r"        x\w+, x\w+ = batch\[0\]\n", "", source)
+    source = re.sub(r"        x\w+ = x\w+\.to\(device\)\n", "", source)
+    source = re.sub(r"        \S+(, \S+)? = model(\.forward_momentum)?\(x\w+\)\n", "", source)
+    source, replaced = re.subn(
+        r"loss = .*criterion\(.*", "loss = model([view.to(device) for view in batch[0]])", source
+    )
+    assert replaced == 1
+    source += """
+before = wrap
+assert all(p.grad is None or p.isfinite().all() for p in model.parameters())
+assert model.logo_terms.total.isfinite()
+print("done", model.logo_terms)
+"""
+    assert "done" in run(PREPARE.format(here=str(Path(__file__).parent)) + source, tmp_path)

@@ -1,0 +1,500 @@
+"""The objective: golden values, who receives gradient, negatives, precision, errors."""
+
+import copy
+import functools
+import itertools
+import json
+import math
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from logo_plugin import Affinity, LoGoLoss, info_nce
+from logo_plugin.losses import affinity_loss, local_local_loss
+
+GOLDEN = json.loads((Path(__file__).parent / "data" / "logo_reference.json").read_text())
+INPUTS = {name: torch.tensor(value, dtype=torch.float64) for name, value in GOLDEN["inputs"].items()}
+EXPECTED = GOLDEN["expected"]
+FLIP = torch.arange(6).flip(0)
+COMBINATIONS = [
+    {"affinity_loss": form, "repulsion": repulsion, "reduction": reduction, **weight}
+    for form in ("logistic", "difference")
+    for repulsion in ("softplus", "logit")
+    for reduction in ("pairs", "sum")
+    for weight in ({"local_weight": 0.3}, {"gradient_ratio": 0.1})
+]
+
+
+def close(actual, expected, tolerance=1e-9):
+    torch.testing.assert_close(
+        actual, torch.as_tensor(expected, dtype=torch.float64), rtol=tolerance, atol=tolerance, check_dtype=False
+    )
+
+
+@pytest.fixture
+def affinity():
+    module = Affinity(dim=8, hidden_dim=16).double()
+    parameters = {k: torch.tensor(v, dtype=torch.float64) for k, v in GOLDEN["affinity_parameters"].items()}
+    missing, unexpected = module.load_state_dict(parameters, strict=False)
+    assert not unexpected
+    assert all("running" in name or "num_batches" in name for name in missing)
+    return module
+
+
+def encoder_outputs(globals_=2, locals_=2, n=6, d=8, seed=0, dtype=torch.float64):
+    """Inputs with a graph behind them: (parameter of each part, arguments of LoGoLoss.forward)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_()
+
+    parts = {
+        "global": leaf(globals_, n, d),
+        "local": leaf(locals_, n, d),
+        "target": leaf(globals_, n, d),
+        "predictor": leaf(d, d),
+    }
+    arguments = {
+        "global_pred": [x @ parts["predictor"] for x in parts["global"]],
+        "global_target": [x * 1.0 for x in parts["target"]],
+        "local_proj": [x * 1.0 for x in parts["local"]],
+    }
+    arguments["local_pred"] = [x @ parts["predictor"] for x in arguments["local_proj"]]
+    return parts, arguments
+
+
+class TestGolden:
+    """Reference values from the paper's official release, in float64."""
+
+    @pytest.mark.parametrize("noisy", [False, True])
+    def test_affinity_logistic(self, affinity, noisy):
+        expected = EXPECTED["affinity_logistic_with_noise" if noisy else "affinity_logistic"]
+        noise = INPUTS["noise_first_second"] if noisy else 0.0
+        loss = affinity_loss(affinity, INPUTS["query_local"], partner=FLIP, noise=noise)
+        close(loss, expected["total"])
+        if not noisy:
+            loss.backward()
+            close(affinity.mlp[0].weight.grad, expected["grad_first_weight"])
+
+    def test_affinity_difference(self, affinity):
+        loss = affinity_loss(affinity, INPUTS["query_local"], partner=FLIP, form="difference")
+        close(loss, EXPECTED["affinity_difference_eq6"]["loss"])
+
+    def test_logits(self, affinity):
+        first, second = INPUTS["query_local"]
+        close(affinity(first, second), EXPECTED["logits"]["positive_12"])
+        close(affinity(first, second[FLIP]), EXPECTED["logits"]["negative_12"])
+
+    def test_local_local(self, affinity):
+        z = INPUTS["query_local"].clone().requires_grad_()
+        loss = local_local_loss(affinity, z)
+        close(loss, EXPECTED["local_local_softplus"]["value"])
+        loss.backward()
+        close(z.grad[0], EXPECTED["local_local_softplus"]["grad_local_1"])
+        close(z.grad[1], EXPECTED["local_local_softplus"]["grad_local_2"])
+        close(local_local_loss(affinity, z, repulsion="logit"), EXPECTED["local_local_logit_eq5"]["value"])
+
+    def test_info_nce(self):
+        expected = EXPECTED["info_nce"]
+        nce = functools.partial(info_nce, queue=INPUTS["queue_DxK"], temperature=GOLDEN["sizes"]["temperature"])
+        queries, local, keys = INPUTS["query_global"], INPUTS["query_local"], INPUTS["key_global"]
+        close(torch.stack([nce(queries[0], keys[1]), nce(queries[1], keys[0])]), expected["global_global"])
+        values = [nce(x, key) for x in local for key in keys]
+        close(torch.stack(values), expected["local_global_l1g1_l1g2_l2g1_l2g2"])
+        terms = LoGoLoss(similarity=nce)(global_pred=queries, global_target=keys, local_pred=local)
+        close(terms.total, expected["mean_of_six"])
+
+    def test_negative_cosine(self):
+        expected = EXPECTED["negative_cosine"]
+        views = {
+            "global_pred": INPUTS["prediction_global"],
+            "global_target": INPUTS["projection_global"],
+            "local_pred": INPUTS["prediction_local"],
+        }
+        terms = LoGoLoss()(**views)
+        close(terms.total, expected["mean_of_six"])
+        close(terms.global_global, sum(expected["global_global"]) / 2)
+        close(terms.local_global, sum(expected["local_global_l1g1_l1g2_l2g1_l2g2"]) / 4)
+        close(LoGoLoss(reduction="sum")(**views).total, expected["eq9_symmetric_gg"])
+        # A host with one direction: Eq. 9 to the letter.
+        one_way = -F.cosine_similarity(views["global_pred"][0], views["global_target"][1]).mean()
+        del views["global_pred"]
+        terms = LoGoLoss(reduction="sum").extend(one_way, global_global=one_way, global_pairs=1, **views)
+        close(terms.total, expected["eq9_without_local_local"])
+
+
+class TestObjective:
+    @pytest.mark.parametrize(("globals_", "locals_"), [(2, 2), (2, 3), (3, 4)])
+    @pytest.mark.parametrize("reduction", ["pairs", "sum"])
+    @pytest.mark.parametrize("form", ["logistic", "difference"])
+    def test_longhand(self, globals_, locals_, reduction, form):
+        """The total, re-derived pair by pair with separate calls to the affinity."""
+        _, arguments = encoder_outputs(globals_, locals_)
+        module = Affinity(8, 16).double()
+        criterion = LoGoLoss(
+            affinity=module, local_weight=0.7, reduction=reduction, affinity_loss=form, positive_noise=0.0
+        )
+        torch.manual_seed(3)
+        shift = int(torch.randint(1, 6, ()))
+        torch.manual_seed(3)
+        terms = criterion(**arguments)
+
+        def s(p, t):
+            return -sum(torch.dot(a, b) / a.norm() / b.norm() for a, b in zip(p, t, strict=True)) / len(p)
+
+        preds, targets, z = arguments["global_pred"], arguments["global_target"], arguments["local_proj"]
+        gg = [s(preds[i], targets[j]) for i in range(globals_) for j in range(globals_) if i != j]
+        lg = [s(p, t) for p in arguments["local_pred"] for t in targets]
+        close(terms.global_global, sum(gg) / len(gg))
+        close(terms.local_global, sum(lg) / len(lg))
+        ll = [F.softplus(module(z[i], z[j])).mean() for i, j in itertools.combinations(range(locals_), 2)]
+        close(terms.local_local, sum(ll) / len(ll))
+        if form == "logistic":
+            pairs = list(itertools.permutations(range(locals_), 2))
+            positive = [F.softplus(-module(z[i], z[j])).mean() for i, j in pairs]
+            negative = [F.softplus(module(z[i], z[j].roll(-shift, 0))).mean() for i, j in pairs]
+        else:
+            pairs = list(itertools.combinations(range(locals_), 2))
+            positive = [-module(z[i], z[j]).mean() for i, j in pairs]
+            negative = [module(z[i], z[j].roll(-shift, 0)).mean() for i, j in pairs]
+        close(terms.affinity, sum(positive) / len(pairs) + sum(negative) / len(pairs))
+        pull = (sum(gg) + sum(lg)) / (len(gg) + len(lg)) if reduction == "pairs" else sum(gg) / len(gg) + sum(lg)
+        close(terms.total, pull + 0.7 * terms.local_local + terms.affinity)
+
+    @pytest.mark.parametrize("reduction", ["pairs", "sum"])
+    def test_without_local_crops_it_is_the_host_loss(self, reduction):
+        _, arguments = encoder_outputs()
+        p, t = arguments["global_pred"], arguments["global_target"]
+        host = 0.5 * (-F.cosine_similarity(p[0], t[1]).mean() - F.cosine_similarity(p[1], t[0]).mean())
+        terms = LoGoLoss(reduction=reduction)(global_pred=p, global_target=t)
+        assert torch.equal(terms.total, host)
+        assert terms.local_global == terms.local_local == terms.affinity == 0
+
+    @pytest.mark.parametrize("reduction", ["pairs", "sum"])
+    def test_with_weights_at_zero_a_host_loss_is_unchanged(self, reduction):
+        _, arguments = encoder_outputs()
+        host, gg = torch.tensor(5.0).double(), torch.tensor(-0.4).double()
+        criterion = LoGoLoss(local_global_weight=0, reduction=reduction)
+        del arguments["global_pred"]
+        terms = criterion.extend(host, global_global=gg, global_pairs=2, scale=4.0, **arguments)
+        assert torch.equal(terms.total, host)
+
+    def test_scale_of_the_host_reaches_the_local_pairs(self):
+        _, arguments = encoder_outputs()
+        p, t = arguments["global_pred"], arguments["global_target"]
+        gg = LoGoLoss()(global_pred=p, global_target=t).total
+        expected = LoGoLoss()(**arguments).total * 4 + 7
+        del arguments["global_pred"]
+        terms = LoGoLoss().extend(4 * gg + 7, global_global=gg, global_pairs=2, scale=4.0, **arguments)
+        close(terms.total, expected)
+
+    def test_gradient_ratio_caps_the_gradient(self):
+        _, arguments = encoder_outputs()
+        for ratio in (1e-3, 1e9):
+            criterion = LoGoLoss(affinity=Affinity(8, 16).double(), gradient_ratio=ratio)
+            terms = criterion(**arguments)
+            z = arguments["local_proj"]
+            pull = torch.autograd.grad(4 / 6 * terms.local_global, z, retain_graph=True)
+            push = torch.autograd.grad(terms.local_local, z, retain_graph=True)
+            whole = torch.autograd.grad(terms.total, z, retain_graph=True)
+            norms = [torch.cat(g).norm() for g in (pull, push)]
+            weight = min(1.0, float(ratio * norms[0] / norms[1]))
+            assert weight == 1.0 if ratio == 1e9 else weight < 1
+            close(torch.cat(whole), torch.cat(pull) + weight * torch.cat(push))
+
+    def test_gradient_ratio_takes_a_stacked_projection(self):
+        generator = torch.Generator().manual_seed(0)
+        z = torch.randn(2, 6, 8, generator=generator).requires_grad_()
+        views = torch.randn(2, 2, 6, 8, generator=generator)
+        criterion = LoGoLoss(affinity=Affinity(8), gradient_ratio=0.1)
+        criterion(global_pred=views[0], global_target=views[1], local_pred=2 * z, local_proj=z).total.backward()
+        assert z.grad.isfinite().all()
+
+    def test_gradcheck(self, affinity):
+        affinity.eval()  # running statistics: a function of its input alone
+        z = INPUTS["query_local"].clone().requires_grad_()
+        assert torch.autograd.gradcheck(lambda x: local_local_loss(affinity, x), (z,))
+        parameters = dict(affinity.named_parameters())
+        weight = parameters["mlp.0.weight"].detach().clone().requires_grad_()
+
+        def of_weight(w):
+            return torch.func.functional_call(
+                Scored(affinity), {"affinity.mlp.0.weight": w}, (INPUTS["query_local"], FLIP)
+            )
+
+        assert torch.autograd.gradcheck(of_weight, (weight,))
+        pred, target = INPUTS["prediction_local"]
+        pred = pred.clone().requires_grad_()
+        assert torch.autograd.gradcheck(lambda p: info_nce(p, target, queue=INPUTS["queue_DxK"], temperature=0.1), pred)
+        assert torch.autograd.gradcheck(lambda p: info_nce(p, target, temperature=0.1), pred)
+        views = {"global_target": INPUTS["projection_global"], "local_pred": INPUTS["prediction_local"]}
+        assert torch.autograd.gradcheck(
+            lambda p: LoGoLoss()(global_pred=p, **views).total, INPUTS["prediction_global"].clone().requires_grad_()
+        )
+
+
+class Scored(nn.Module):
+    def __init__(self, affinity):
+        super().__init__()
+        self.affinity = affinity
+
+    def forward(self, z, partner):
+        return affinity_loss(self.affinity, z, partner=partner)
+
+
+ROUTES = {
+    "global_global": {"global", "predictor"},
+    "local_global": {"local", "predictor"},
+    "local_local": {"local"},
+    "affinity": {"affinity"},
+    "total": {"global", "local", "predictor", "affinity"},
+}
+
+
+class TestRouting:
+    """The table of who receives gradient, and that nobody else does."""
+
+    @pytest.mark.parametrize("options", COMBINATIONS, ids=lambda o: "-".join(map(str, o.values())))
+    @pytest.mark.parametrize("term", ROUTES)
+    def test_who_receives_gradient(self, term, options):
+        parts, arguments = encoder_outputs()
+        criterion = LoGoLoss(affinity=Affinity(8, 16).double(), **options)
+        getattr(criterion(**arguments), term).backward()
+        received = {name for name, x in parts.items() if x.grad is not None and x.grad.abs().max() > 0}
+        gradients = [p.grad for p in criterion.affinity.parameters()]
+        if any(g is not None and g.abs().max() > 0 for g in gradients):
+            received.add("affinity")
+        assert received == ROUTES[term]
+        if term == "total":  # DDP without find_unused_parameters needs all of them in the graph
+            assert all(g is not None for g in gradients)
+
+    @pytest.mark.parametrize("form", ["logistic", "difference"])
+    def test_affinity_learns_as_if_alone(self, form):
+        """lambda * local_local adds nothing to the affinity's gradient."""
+        gradients = []
+        for weight in (0.0, 10.0):
+            _, arguments = encoder_outputs()
+            torch.manual_seed(0)
+            criterion = LoGoLoss(affinity=Affinity(8, 16).double(), local_weight=weight, affinity_loss=form)
+            criterion(**arguments).total.backward()
+            gradients.append([p.grad for p in criterion.affinity.parameters()])
+        for a, b in zip(*gradients, strict=True):
+            assert torch.equal(a, b)
+
+    def test_targets_that_carry_a_graph_receive_nothing(self):
+        parts, arguments = encoder_outputs()
+        LoGoLoss(affinity=Affinity(8, 16).double())(**arguments).total.backward()
+        assert parts["target"].grad is None
+
+    def test_without_affinity(self):
+        parts, arguments = encoder_outputs()
+        criterion = LoGoLoss()
+        assert not list(criterion.parameters())
+        criterion(**arguments).total.backward()
+        assert parts["local"].grad.abs().max() > 0
+
+
+class Recorder(nn.Module):
+    """An affinity that keeps the pairs it is asked to score."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.pairs = []
+
+    def forward(self, first, second):
+        self.pairs.append((first.detach(), second.detach()))
+        return self.scale * (first * second).sum(-1)
+
+
+class TestNegatives:
+    @pytest.mark.parametrize("n", [2, 3, 4, 5, 7, 8])
+    def test_no_image_is_its_own_negative(self, n):
+        image = torch.arange(float(n)).repeat(2, 1).unsqueeze(-1)  # every feature is the image's index
+        seen = set()
+        for _ in range(60):
+            recorder = Recorder()
+            affinity_loss(recorder, image)
+            first, second = recorder.pairs[0]
+            same = (first == second).squeeze(-1)
+            assert same[:2].all()
+            assert not same[2:].any()
+            seen.update(second[2:].flatten().tolist())
+        assert seen == set(range(n))
+
+    def test_positive_noise_has_the_documented_size(self):
+        z = torch.zeros(2, 500, 64)
+        recorder = Recorder()
+        _, arguments = encoder_outputs(n=500, d=64)
+        arguments["local_proj"] = list(z)
+        torch.manual_seed(0)
+        LoGoLoss(affinity=recorder, positive_noise=0.3)(**arguments)
+        first, second = recorder.pairs[-1]
+        for side in (first, second):
+            assert side[:2].std() == pytest.approx(0.3 / math.sqrt(64), rel=0.02)
+            assert side[2:].abs().max() == 0
+
+    def test_one_image(self):
+        _, arguments = encoder_outputs(n=1)
+        with pytest.raises(ValueError, match=r"at least 2 images.*drop_last=True"):
+            LoGoLoss(affinity=Affinity(8).double())(**arguments)
+
+
+class TestPrecision:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_float32_under_autocast(self, dtype):
+        affinity = Affinity(8, 16)
+        z = torch.randn(6, 8)
+        expected = affinity(z.to(dtype).float(), z.to(dtype).float().flip(0))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = affinity(z.to(dtype), z.to(dtype).flip(0))
+            loss = info_nce(z.to(dtype), z.to(dtype).flip(0), queue=F.normalize(torch.randn(8, 5), dim=0).to(dtype))
+        assert logits.dtype == loss.dtype == torch.float32
+        assert torch.equal(logits, expected)
+
+    def test_bfloat16_predictions(self):
+        criterion = LoGoLoss(affinity=Affinity(8))
+        _, arguments = encoder_outputs(dtype=torch.float32)
+        arguments = {k: [x.detach().bfloat16().requires_grad_() for x in v] for k, v in arguments.items()}
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            terms = criterion(**arguments)
+        assert {t.dtype for t in terms} == {torch.float32}
+        terms.total.backward()
+        assert all(p.grad.dtype == torch.float32 for p in criterion.parameters())
+
+
+class TestModule:
+    def test_state_dict_and_pickle_round_trip(self):
+        criterion = LoGoLoss(affinity=Affinity(8, 16), gradient_ratio=0.1, reduction="sum")
+        criterion(**encoder_outputs(dtype=torch.float32)[1])  # running statistics away from their start
+        other = LoGoLoss(affinity=Affinity(8, 16), gradient_ratio=0.1, reduction="sum")
+        other.load_state_dict(criterion.state_dict())
+        for copied in (other, pickle.loads(pickle.dumps(criterion)), copy.deepcopy(criterion)):
+            totals = []
+            for module in (criterion, copied):
+                torch.manual_seed(0)
+                totals.append(module.eval()(**encoder_outputs(dtype=torch.float32)[1]).total)
+            assert torch.equal(*totals)
+
+    def test_running_statistics_follow_the_batches(self):
+        affinity = Affinity(8, 16)
+        z = torch.randn(4, 64, 8)
+        for _ in range(200):
+            affinity(z[:2], z[2:])
+        affinity.eval()
+        with_running = affinity(z[:2], z[2:])
+        affinity.train()
+        assert (with_running - affinity(z[:2], z[2:])).abs().max() < 0.2
+        assert affinity.mlp[1].num_batches_tracked == 402
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo looks at every input's .grad
+    @pytest.mark.parametrize("similarity", ["cosine", info_nce])
+    @pytest.mark.parametrize("options", [{}, {"affinity_loss": "difference", "reduction": "sum"}])
+    def test_compiles_without_a_graph_break(self, options, similarity):
+        criterion = LoGoLoss(affinity=Affinity(8, 16), similarity=similarity, **options)
+        compiled = torch.compile(copy.deepcopy(criterion), fullgraph=True, backend="aot_eager")
+        results = []
+        for module in (criterion, compiled):
+            parts, arguments = encoder_outputs(dtype=torch.float32)
+            torch.manual_seed(0)
+            terms = module(**arguments)
+            terms.total.backward()
+            results.append([t.detach() for t in terms] + [x.grad for x in parts.values() if x.grad is not None])
+        for eager, fast in zip(*results, strict=True):
+            torch.testing.assert_close(eager, fast)
+
+    def test_print_shows_the_options(self):
+        assert "local_weight=0.0001" in str(LoGoLoss())
+        assert "gradient_ratio=0.1" in str(LoGoLoss(affinity=Affinity(8), gradient_ratio=0.1))
+
+
+def views(*shapes):
+    return [torch.randn(shape) for shape in shapes]
+
+
+GOOD = {
+    "global_pred": views((4, 8), (4, 8)),
+    "global_target": views((4, 8), (4, 8)),
+    "local_pred": views((4, 8), (4, 8)),
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"global_pred": views((4, 8), (4, 9))}, r"global_pred .*got 2 views \[\(4, 8\), \(4, 9\)\]"),
+        ({"global_pred": views((4, 8))}, r"at least 2 global crops, got 1"),
+        ({"global_target": views((4, 8))}, r"global_target has 1 views, global_pred has 2"),
+        ({"global_target": views((5, 8), (5, 8))}, r"global_target and global_pred .*\(5, 8\).*\(4, 8\)"),
+        ({"local_pred": views((4, 9), (4, 9))}, r"local_pred and global_target .*\(4, 9\)"),
+        ({"local_pred": views((3, 8), (3, 8))}, r"local_pred and global_target .*\(3, 8\)"),
+        ({"local_pred": torch.randn(4, 8)}, r"local_pred must have shape \(V, N, D\).*\(4, 8\)"),
+        ({"local_pred": None}, r"local_pred must be a tensor \(V, N, D\) or V tensors.*NoneType"),
+        ({"local_pred": [torch.ones(4, 8, dtype=torch.long)] * 2}, r"floating-point views"),
+        ({"local_pred": ()}, r"local_pred is missing.*affinity=None"),
+        ({"local_pred": views((4, 8))}, r"at least 2 local crops"),
+        ({"local_proj": views((4, 8), (4, 8), (4, 8))}, r"local_proj matches local_pred"),
+        ({"local_proj": views((3, 8), (3, 8))}, r"local_proj matches local_pred"),
+        ({"local_proj": views((4, 5), (4, 5))}, r"Affinity\(dim=8\) expects .*\(1, 4, 5\)"),
+    ],
+)
+def test_bad_input(changed, message):
+    with pytest.raises(ValueError, match=message):
+        LoGoLoss(affinity=Affinity(8))(**{**GOOD, **changed})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"local_weight": math.nan}, r"local_weight must be a finite number >= 0, got nan"),
+        ({"local_weight": -1}, r"local_weight .*got -1"),
+        ({"gradient_ratio": math.inf}, r"gradient_ratio .*got inf"),
+        ({"positive_noise": "a"}, r"positive_noise .*got 'a'"),
+        ({"local_global_weight": True}, r"local_global_weight .*got True"),
+        ({"local_weight": 0.1, "gradient_ratio": 0.1}, r"not both"),
+        ({"affinity_loss": "hinge"}, r"affinity_loss must be one of \('logistic', 'difference'\), got 'hinge'"),
+        ({"repulsion": "relu"}, r"repulsion must be one of"),
+        ({"reduction": "mean"}, r"reduction must be one of \('pairs', 'sum'\), got 'mean'"),
+        ({"similarity": "dot"}, r'similarity must be "cosine" or a callable'),
+        ({"affinity": 256}, r"affinity must be a module such as Affinity\(dim\), or None, got 256"),
+    ],
+)
+def test_bad_option(options, message):
+    with pytest.raises(ValueError, match=message):
+        LoGoLoss(**options)
+
+
+def test_gradient_ratio_without_a_path_to_the_projection():
+    criterion = LoGoLoss(affinity=Affinity(8), gradient_ratio=0.1)
+    _, arguments = encoder_outputs(dtype=torch.float32)
+    arguments["local_proj"] = [z.detach().requires_grad_() for z in arguments["local_proj"]]
+    with pytest.raises(ValueError, match="computed from the very tensors"):
+        criterion(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pred": torch.randn(4, 8), "target": torch.randn(3, 8)}, "same"),
+        ({"pred": torch.randn(4, 8), "target": torch.randn(4, 8), "queue": torch.randn(5, 8)}, r"\(D, K\) with D = 8"),
+        ({"pred": torch.randn(4, 8), "target": torch.randn(4, 8), "temperature": 0}, "positive, got 0"),
+    ],
+)
+def test_bad_info_nce(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        info_nce(**arguments)
+
+
+@pytest.mark.parametrize("options", [{"dim": 0}, {"dim": 8, "hidden_dim": 2.5}])
+def test_bad_affinity(options):
+    with pytest.raises(ValueError, match="positive integer"):
+        Affinity(**options)
+
+
+def test_affinity_rejects_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"Affinity\(dim=8\) expects .*got \(4, 8\) and \(5, 8\)"):
+        Affinity(8)(torch.randn(4, 8), torch.randn(5, 8))

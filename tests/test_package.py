@@ -1,0 +1,31 @@
+"""What `import logo_plugin` may cost, and what it gives."""
+
+import subprocess
+import sys
+
+import pytest
+from torch import nn
+
+import logo_plugin
+from logo_plugin import wrap
+
+
+def test_core_imports_no_host_library():
+    code = (
+        "import sys, logo_plugin, logo_plugin.adapters.lightly\n"
+        "hosts = {'lightly', 'lightning', 'pytorch_lightning', 'solo', 'timm', 'hydra', 'omegaconf', 'kornia'}\n"
+        "print(sorted(hosts & {name.split('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names():
+    for name in logo_plugin.__all__:
+        assert getattr(logo_plugin, name).__doc__
+
+
+@pytest.mark.parametrize("x", [3, "BYOL", dict, nn.functional.relu])
+def test_wrap_takes_modules_only(x):
+    with pytest.raises(TypeError, match=r"wrap\(\) expects a torch.nn.Module"):
+        wrap(x)
