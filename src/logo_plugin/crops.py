@@ -9,6 +9,7 @@ from io import BytesIO
 from itertools import combinations
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -59,7 +60,8 @@ class DeferredViews:
         views = [view.to(device, non_blocking=non_blocking) for view in self._views]
         if self._recipes is not None:
             views = [augment(view, recipes) for view, recipes in zip(views, self._recipes, strict=True)]
-        return [_normalize(view, self._mean, self._std) for view in views]
+        shift, scale = (x.to(device) for x in _statistics(self._mean, self._std))
+        return [(view - shift).mul_(scale) for view in views]
 
     def pin_memory(self) -> "DeferredViews":
         """For `DataLoader(pin_memory=True)`."""
@@ -179,7 +181,7 @@ class MultiCropTransform:
             ValueError: If the image cannot be decoded.
             TypeError: If it is none of these kinds.
         """
-        views = self._empty(torch.float32)
+        views = self._empty(np.float32)
         self._render(_decode(image), views)
         return views
 
@@ -193,21 +195,19 @@ class MultiCropTransform:
         recipes = []
         for view, u in enumerate(torch.rand(self.global_crops + self.local_crops, 54).tolist()):
             scale = self.global_scale if view < self.global_crops else self.local_scale
+            jitter = u[1] < self.jitter_p
             recipe = Recipe(
                 box=self._draw_box(width, height, scale, u[14:]),
                 flip=u[0] < self.flip_p,
-                gray=u[1] < self.grayscale_p,
-                sigma=_between(*self.blur_sigma, u[3]) if u[2] < self.blur_p else 0.0,
-                solarize=u[4] < self.solarize_p,
+                brightness=_between(max(0.0, 1 - self.brightness), 1 + self.brightness, u[2]) if jitter else 1.0,
+                contrast=_between(max(0.0, 1 - self.contrast), 1 + self.contrast, u[3]) if jitter else 1.0,
+                saturation=_between(max(0.0, 1 - self.saturation), 1 + self.saturation, u[4]) if jitter else 1.0,
+                hue=_between(-self.hue, self.hue, u[5]) if jitter else 0.0,
+                order=tuple(sorted(range(4), key=u[6:10].__getitem__)),
+                gray=u[10] < self.grayscale_p,
+                sigma=_between(*self.blur_sigma, u[12]) if u[11] < self.blur_p else 0.0,
+                solarize=u[13] < self.solarize_p,
             )
-            if u[5] < self.jitter_p:
-                recipe = recipe._replace(
-                    brightness=_between(max(0.0, 1 - self.brightness), 1 + self.brightness, u[6]),
-                    contrast=_between(max(0.0, 1 - self.contrast), 1 + self.contrast, u[7]),
-                    saturation=_between(max(0.0, 1 - self.saturation), 1 + self.saturation, u[8]),
-                    hue=_between(-self.hue, self.hue, u[9]),
-                    order=tuple(sorted(range(4), key=u[10:14].__getitem__)),
-                )
             recipes.append(recipe)
         return recipes
 
@@ -230,21 +230,25 @@ class MultiCropTransform:
         left, top = (width - w) // 2, (height - h) // 2
         return left, top, left + w, top + h
 
-    def _empty(self, dtype: torch.dtype, *batch: int) -> list[Tensor]:
+    def _empty(self, dtype: type[np.generic], *batch: int) -> list[Tensor]:
         sizes = [self.global_size] * self.global_crops + [self.local_size] * self.local_crops
-        return [torch.empty(*batch, 3, size, size, dtype=dtype) for size in sizes]
+        # numpy asks the kernel for huge pages, which spares a page fault for every 4 KiB of a float batch.
+        return [torch.from_numpy(np.empty((*batch, 3, size, size), dtype)) for size in sizes]
 
     def _render(self, pixels: Tensor, out: list[Tensor], defer: str | None = None) -> list[Recipe]:
         """Draws the views of one image into `out`; gives what was drawn."""
         recipes = self.draw(pixels.shape[1], pixels.shape[0])
-        for recipe, view in zip(recipes, out, strict=True):
-            x = _crop(pixels, recipe, view.shape[-1])
-            if defer == "augment":
-                view.copy_(x[0])
-            elif defer == "normalize":
-                view.copy_(augment(x, [recipe])[0].round().to(torch.int16))  # three times as fast as straight to uint8
-            else:
-                _normalize(augment(x, [recipe])[0], self.mean, self.std, out=view)
+        shift, scale = _statistics(self.mean, self.std)
+        with torch.inference_mode():  # a tenth less per operation
+            for recipe, view in zip(recipes, out, strict=True):
+                x = _crop(pixels, recipe, view.shape[-1])
+                if defer == "augment":
+                    view.copy_(x[0])
+                elif defer == "normalize":
+                    # By way of int16: three times as fast as straight to uint8.
+                    view.copy_(augment(x, [recipe])[0].round().to(torch.int16))
+                else:
+                    torch.sub(augment(x, [recipe])[0], shift, out=view).mul_(scale)
         return recipes
 
 
@@ -304,7 +308,7 @@ class MultiCropCollate(MultiCropTransform):
                 "MultiCropCollate expects samples that are all (image, target), (image, target, filename) or images, "
                 f"got {len(rows)} samples with {sorted({len(row) for row in rows})} items."
             )
-        views = self._empty(torch.float32 if self.defer is None else torch.uint8, len(rows))
+        views = self._empty(np.float32 if self.defer is None else np.uint8, len(rows))
         drawn: list[list[Recipe] | None] = []
         for n, row in enumerate(rows):
             try:
@@ -415,13 +419,9 @@ def _crop(pixels: Tensor, recipe: Recipe, size: int) -> Tensor:
     return crop.flip(-1) if recipe.flip else crop
 
 
-def _normalize(x: Tensor, mean: Sequence[float], std: Sequence[float], out: Tensor | None = None) -> Tensor:
-    """(x / 255 - mean) / std for (..., 3, H, W)."""
-    shift, scale = (
-        torch.tensor(values, device=x.device).view(3, 1, 1)
-        for values in ([255 * m for m in mean], [1 / (255 * s) for s in std])
-    )
-    return torch.sub(x, shift, out=out).mul_(scale)
+def _statistics(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """What to subtract from pixels in [0, 255] and then multiply them with, (3, 1, 1) each."""
+    return torch.tensor(mean).view(3, 1, 1) * 255, 1 / (255 * torch.tensor(std).view(3, 1, 1))
 
 
 def _between(low: float, high: float, u: float) -> float:
