@@ -1,32 +1,25 @@
 """Multi-crop views of a batch: decode once, crop, resize, augment."""
 
-import contextlib
+import functools
 import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from itertools import combinations
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
-from torchvision.io import ImageReadMode
 
 from logo_plugin.augment import Recipe, augment, blur_radius
-
-# Pillow's pixels in three quarters of its time. torchvision has deprecated it: where it is gone, Pillow decodes.
-_decode_jpeg: Callable[[Tensor, int], Tensor] | None = getattr(torch.ops.image, "decode_jpeg", None)
+from logo_plugin.decoding import ImageLike, UndecodableError, decode
 
 Range = tuple[float, float]
 T = TypeVar("T", bound="MultiCropTransform")
-ImageLike = Image.Image | Tensor | bytes | str | os.PathLike[str]
 
 
 class CropBoxes(NamedTuple):
@@ -66,7 +59,7 @@ class DeferredViews:
         views = [view.to(device, non_blocking=non_blocking) for view in self._views]
         if self._recipes is not None:
             views = [augment(view, recipes) for view, recipes in zip(views, self._recipes, strict=True)]
-        shift, scale = (x.to(device) for x in _statistics(self._mean, self._std))
+        shift, scale = (x.to(device) for x in _statistics(tuple(self._mean), tuple(self._std)))
         return [(view - shift).mul_(scale) for view in views]
 
     def pin_memory(self) -> "DeferredViews":
@@ -188,7 +181,7 @@ class MultiCropTransform:
             TypeError: If it is none of these kinds.
         """
         views = self._empty(np.float32)
-        self._render(_decode(image), views)
+        self._render(decode(image), views)
         return views
 
     def draw(self, width: int, height: int) -> list[Recipe]:
@@ -244,7 +237,7 @@ class MultiCropTransform:
     def _render(self, pixels: Tensor, out: list[Tensor], defer: str | None = None) -> list[Recipe]:
         """Draws the views of one image into `out`; gives what was drawn."""
         recipes = self.draw(pixels.shape[1], pixels.shape[0])
-        shift, scale = _statistics(self.mean, self.std)
+        shift, scale = _statistics(tuple(self.mean), tuple(self.std))
         with torch.inference_mode():  # a tenth less per operation
             for recipe, view in zip(recipes, out, strict=True):
                 x = _crop(pixels, recipe, view.shape[-1])
@@ -315,31 +308,31 @@ class MultiCropCollate(MultiCropTransform):
                 f"got {len(rows)} samples with {sorted({len(row) for row in rows})} items."
             )
         views = self._empty(np.float32 if self.defer is None else np.uint8, len(rows))
-        drawn: list[list[Recipe] | None] = []
+        recipes: list[list[Recipe]] = []
+        bad = []
         for n, row in enumerate(rows):
             try:
-                drawn.append(self._render(_decode(row[0]), [view[n] for view in views], self.defer))
+                recipes.append(self._render(decode(row[0]), [view[n] for view in views], self.defer))
             except UndecodableError as error:
                 self._report(n, row, error)
-                drawn.append(None)
-        good = [n for n, recipes in enumerate(drawn) if recipes is not None]
+                recipes.append([])
+                bad.append(n)
+        good = [n for n in range(len(rows)) if n not in bad]
         if not good:
             raise ValueError(f"none of the {len(rows)} images of the batch can be decoded; see the warnings for each.")
-        recipes = []
-        for n, recipe in enumerate(drawn):
-            if recipe is None:
-                rows[n] = rows[good[int(torch.randint(len(good), ()))]]
-                recipe = self._render(_decode(rows[n][0]), [view[n] for view in views], self.defer)
-            recipes.append(recipe)
-        by_view = [list(column) for column in zip(*recipes, strict=True)]
-        columns = list(zip(*rows, strict=True))[1:]
+        for n in bad:
+            rows[n] = rows[good[int(torch.randint(len(good), ()))]]
+            recipes[n] = self._render(decode(rows[n][0]), [view[n] for view in views], self.defer)
+
+        per_view = [list(view) for view in zip(*recipes, strict=True)]
         batch: list[Any] = [views]
         if self.defer is not None:
-            batch = [DeferredViews(views, by_view if self.defer == "augment" else None, self.mean, self.std)]
-        batch += [default_collate(targets) for targets in columns[:1]] + [list(names) for names in columns[1:]]
+            batch = [DeferredViews(views, per_view if self.defer == "augment" else None, self.mean, self.std)]
+        _, *columns = (list(column) for column in zip(*rows, strict=True))
+        batch += [default_collate(targets) for targets in columns[:1]] + columns[1:]
         if self.return_boxes:
-            boxes = torch.tensor([[recipe.box for recipe in view] for view in by_view], dtype=torch.float32)
-            batch.append(CropBoxes(boxes, torch.tensor([[recipe.flip for recipe in view] for view in by_view])))
+            boxes = torch.tensor([[recipe.box for recipe in view] for view in per_view], dtype=torch.float32)
+            batch.append(CropBoxes(boxes, torch.tensor([[recipe.flip for recipe in view] for view in per_view])))
         return batch
 
     def _report(self, position: int, row: Sequence[Any], error: Exception) -> None:
@@ -351,10 +344,6 @@ class MultiCropCollate(MultiCropTransform):
         if name is None or str(name) not in self._warned:
             self._warned.add(str(name))
             warnings.warn(f"{message} Another image takes its place.", stacklevel=3)
-
-
-class UndecodableError(ValueError):
-    """An image that cannot be decoded."""
 
 
 def crop_overlap(boxes: Tensor) -> Tensor:
@@ -379,48 +368,6 @@ def crop_overlap(boxes: Tensor) -> Tensor:
     return intersection / union
 
 
-def _decode(image: ImageLike) -> Tensor:
-    """Gives (H, W, 3 or 4), uint8, of which the first three channels count."""
-    if isinstance(image, Tensor):
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3, 4) or not image.numel():
-            raise TypeError(
-                "an image tensor must be uint8 (C, H, W) with 1, 3 or 4 channels, "
-                f"got {image.dtype} {tuple(image.shape)}. Give it before any conversion to float."
-            )
-        return image[:3].expand(3, -1, -1).permute(1, 2, 0)
-    if not isinstance(image, (Image.Image, bytes, str, os.PathLike)):
-        raise TypeError(
-            "an image must be a PIL image, a uint8 tensor (C, H, W), encoded bytes or a path, "
-            f"got {type(image).__name__}."
-        )
-    try:
-        if isinstance(image, Image.Image):
-            return _pixels(image)
-        if not isinstance(image, bytes):
-            image = Path(image).read_bytes()
-        if _decode_jpeg is not None and image.startswith(b"\xff\xd8"):
-            with contextlib.suppress(RuntimeError):  # what it refuses, Pillow judges
-                encoded = torch.frombuffer(bytearray(image), dtype=torch.uint8)
-                return _decode_jpeg(encoded, ImageReadMode.RGB.value).permute(1, 2, 0)
-        return _pixels(Image.open(BytesIO(image)))
-    # Pillow's decoders raise nearly anything on a damaged file.
-    except Exception as error:
-        raise UndecodableError(f"cannot decode the image ({type(error).__name__}: {error}).") from error
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    if image.mode == "F":
-        raise ValueError("floating-point images have no fixed range; convert them to 8 bits")
-    if image.mode.startswith("I"):
-        # Pillow's own conversion clips 16 bits at 255.
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    # RGBX is how Pillow stores RGB: a plain copy, half the time of packing three bytes.
-    raw = torch.frombuffer(bytearray(image.tobytes("raw", "RGBX")), dtype=torch.uint8)
-    return raw.view(image.height, image.width, 4)
-
-
 def _crop(pixels: Tensor, recipe: Recipe, size: int) -> Tensor:
     """Gives (1, 3, size, size), uint8."""
     left, top, right, bottom = recipe.box
@@ -430,7 +377,8 @@ def _crop(pixels: Tensor, recipe: Recipe, size: int) -> Tensor:
     return crop.flip(-1) if recipe.flip else crop
 
 
-def _statistics(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+@functools.cache
+def _statistics(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """What to subtract from pixels in [0, 255] and then multiply them with, (3, 1, 1) each."""
     return torch.tensor(mean).view(3, 1, 1) * 255, 1 / (255 * torch.tensor(std).view(3, 1, 1))
 
