@@ -144,7 +144,9 @@ def test_boxes_are_distributed_as_torchvisions(size, view, scale):
 
     def features(b):
         w, h = b[:, 2] - b[:, 0], b[:, 3] - b[:, 1]
-        return {"left": b[:, 0], "top": b[:, 1], "right": b[:, 2], "area": w * h, "ratio": w / h, "free": b[:, 0] - w}
+        across, down = b[:, 0] / (width - w + 1), b[:, 1] / (height - h + 1)
+        joint = {"diagonal": across - down, "left and area": across - w * h / (width * height)}
+        return {"left": b[:, 0], "top": b[:, 1], "right": b[:, 2], "area": w * h, "ratio": w / h, **joint}
 
     for name, values in features(boxes).items():
         assert ks(values, features(expected)[name]) < 1, name
@@ -187,15 +189,18 @@ def test_probabilities_and_sigma_are_as_asked_and_independent():
         assert abs(happened[:, k].mean() - p) < 4 * math.sqrt(p * (1 - p) / n), name
     sigmas = [r.sigma for r in drawn if r.sigma]
     assert ks(sigmas, 0.1 + 1.9 * torch.arange(0.5, 100000) / 100000) < 1
-    jittered = torch.tensor([r.brightness != 1 for r in drawn])
-    numbers = torch.tensor([[r.brightness, r.contrast, r.saturation, r.hue, *r.box] for r in drawn])
-    together = torch.cat([happened[:, [0, 2, 3, 4]], numbers.double()], dim=1)[jittered].T
-    correlation = torch.corrcoef(together)
-    correlation[8:, 8:] = 0  # the corners of a box do depend on each other
-    correlation[4:8, 4:8].fill_diagonal_(0)
-    correlation[:4, :4].fill_diagonal_(0)
+    # Independent of each other: happenings, factors, places in the order, box.
+    groups = [
+        happened[:, [0, 2, 3, 4]],
+        torch.tensor([[r.brightness, r.contrast, r.saturation, r.hue] for r in drawn], dtype=torch.float64),
+        torch.tensor([[r.order.index(k) for k in range(4)] for r in drawn], dtype=torch.float64),
+        torch.tensor([r.box for r in drawn], dtype=torch.float64),
+    ]
+    jittered = happened[:, 1] > 0
+    correlation = torch.corrcoef(torch.cat(groups, dim=1)[jittered].T)
     correlation.fill_diagonal_(0)
-    assert correlation.abs().max() < 4.5 / math.sqrt(together.shape[1])
+    correlation[8:12, 8:12] = correlation[12:, 12:] = 0  # places exclude each other, corners of a box follow each other
+    assert correlation.abs().max() < 4.5 / math.sqrt(jittered.sum())
 
 
 def test_probability_one_and_zero():
