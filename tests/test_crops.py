@@ -3,8 +3,10 @@
 import io
 import pickle
 import random
+import runpy
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -412,3 +414,12 @@ def test_small_crops_go_without_blur():
         8,
         8,
     )
+
+
+def test_the_example_draws_its_picture(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib").use("Agg")
+    output = tmp_path / "crops.png"
+    monkeypatch.setattr("sys.argv", ["show_crops.py", "--output", str(output), "--local-crops", "3"])
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "show_crops.py"), run_name="__main__")
+    assert Image.open(output).size[0] > 800
+    assert "differ by at most" in capsys.readouterr().out
