@@ -61,7 +61,7 @@ def main():
         grid[0, i].set_title(f"{i}: {kind}, {view.shape[-1]} px")
     for line, (label, views) in zip(grid, rows.items(), strict=True):
         for cell, view, kind in zip(line, views, kinds, strict=True):
-            cell.imshow(view.permute(1, 2, 0), interpolation="nearest")
+            cell.imshow(view.permute(1, 2, 0).numpy(), interpolation="nearest")
             cell.set(xticks=[], yticks=[])
             cell.spines[:].set(color=COLORS[kind], linewidth=3)
         line[0].set_ylabel(label, rotation=0, ha="right", va="center")
