@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:Memory bank size:UserWarning"),
+    pytest.mark.filterwarnings("ignore:(The high-level building block|SymNegCosine):Warning"),
 ]
 STYLES = pytest.mark.parametrize("cls", hosts.LIGHTNING.values(), ids=hosts.LIGHTNING)
 CIFAR = MultiCropCollate.cifar10()
