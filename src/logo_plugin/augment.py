@@ -80,7 +80,7 @@ def _shared(values: Sequence[float], x: Tensor) -> Values:
 
 
 def _luma(x: Tensor) -> Tensor:
-    r, g, b = x[:, :1], x[:, 1:2], x[:, 2:]
+    r, g, b = x.chunk(3, dim=1)
     return (r * 0.2989).add_(g, alpha=0.587).add_(b, alpha=0.114)  # torchvision's weights
 
 
@@ -109,7 +109,7 @@ def _hue(x: Tensor, shifts: list[float]) -> Tensor:
     Free of comparisons, which are slow on the CPU. With a_c = (high - c) / chroma the hue in sextants
     is +-(2 + a_r - a_g - a_b), positive where g >= b; back, a_c is a clamped triangle wave of the hue.
     """
-    r, g, b = x[:, :1], x[:, 1:2], x[:, 2:]
+    r, g, b = x.chunk(3, dim=1)
     high = torch.maximum(r, g)
     torch.maximum(high, b, out=high)
     chroma = torch.minimum(r, g)
@@ -141,21 +141,24 @@ def blur_radius(sigma: float) -> int:
 
 def _blur(x: Tensor, sigmas: list[float]) -> Tensor:
     """Separable Gaussian with reflected borders, summed over shifted copies."""
-    kernels = [[math.exp(-0.5 * (i / sigma) ** 2) for i in range(blur_radius(sigma) + 1)] for sigma in sigmas]
-    radius = max(map(len, kernels)) - 1
-    sums = [2 * sum(kernel) - 1 for kernel in kernels]
-    weights = [
-        _shared([kernel[i] / total if i < len(kernel) else 0.0 for kernel, total in zip(kernels, sums, strict=True)], x)
-        for i in range(radius + 1)
+    radii = [blur_radius(sigma) for sigma in sigmas]
+    radius = max(radii)
+    # Relative to the centre's; the sum is divided out at the end.
+    kernels = [
+        [math.exp(-0.5 * (i / sigma) ** 2) if i <= r else 0.0 for i in range(radius + 1)]
+        for sigma, r in zip(sigmas, radii, strict=True)
     ]
-    for dim, padding in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
-        padded = F.pad(x, padding, mode="reflect")
-        shifted = padded.unfold(dim, x.shape[dim], 1).movedim(-1, dim + 1).unbind(dim)
-        x = shifted[radius] * weights[0]
-        for i, weight in enumerate(weights[1:], 1):
+    height, width = x.shape[2:]
+    x = F.pad(x, (radius,) * 4, mode="reflect")
+    for dim, size in ((2, height), (3, width)):
+        shifted = x.unfold(dim, size, 1).movedim(-1, dim + 1).unbind(dim)
+        x, out = shifted[radius], torch.empty_like(shifted[radius], memory_format=torch.contiguous_format)
+        for i in range(1, radius + 1):
+            weight = _shared([kernel[i] for kernel in kernels], x)
             for copy in (shifted[radius - i], shifted[radius + i]):
-                x.addcmul_(copy, weight) if isinstance(weight, Tensor) else x.add_(copy, alpha=weight)
-    return x
+                batched = isinstance(weight, Tensor)
+                x = torch.addcmul(x, copy, weight, out=out) if batched else torch.add(x, copy, alpha=weight, out=out)
+    return x.mul_(_shared([(2 * sum(kernel) - 1) ** -2 for kernel in kernels], x))
 
 
 _JITTER = (

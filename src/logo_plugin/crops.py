@@ -243,12 +243,12 @@ class MultiCropTransform:
         recipes = self.draw(pixels.shape[1], pixels.shape[0])
         for recipe, view in zip(recipes, out, strict=True):
             x = _crop(pixels, recipe, view.shape[-1])
-            if defer != "augment":
-                x = augment(x, [recipe])
-            if defer is None:
-                _normalize(x[0], self.mean, self.std, out=view)
+            if defer == "augment":
+                view.copy_(x[0])
+            elif defer == "normalize":
+                view.copy_(augment(x, [recipe])[0].round().to(torch.int16))  # three times as fast as straight to uint8
             else:
-                view.copy_(x[0].round() if x.is_floating_point() else x[0])
+                _normalize(augment(x, [recipe])[0], self.mean, self.std, out=view)
         return recipes
 
 
