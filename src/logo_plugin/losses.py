@@ -106,6 +106,7 @@ class LoGoLoss(nn.Module):
         global_target: Views,
         local_pred: Views = (),
         local_proj: Views | None = None,
+        local_overlap: Tensor | None = None,
     ) -> LoGoTerms:
         """Computes the objective for G >= 2 global and L >= 0 local crops.
 
@@ -115,6 +116,10 @@ class LoGoLoss(nn.Module):
             local_pred: Online predictions of the local crops, (L, N, D) or L tensors (N, D).
             local_proj: Projections of the local crops that the affinity compares, (L, N, D') or L
                 tensors (N, D'). None takes `local_pred` (methods without a predictor).
+            local_overlap: Intersection over union of the local crops in [0, 1], (pairs, N) with the pairs
+                in `itertools.combinations` order, as `crop_overlap` gives it. Each pair's repulsion in
+                local_local is then multiplied by 1 - overlap: crops that show the same content are
+                not pushed apart. None treats all pairs alike.
 
         Returns:
             `LoGoTerms`.
@@ -137,6 +142,7 @@ class LoGoLoss(nn.Module):
             global_target=targets,
             local_pred=local_pred,
             local_proj=local_proj,
+            local_overlap=local_overlap,
         )
 
     def extend(
@@ -148,6 +154,7 @@ class LoGoLoss(nn.Module):
         global_target: Views,
         local_pred: Views,
         local_proj: Views | None = None,
+        local_overlap: Tensor | None = None,
         scale: float | Tensor = 1.0,
         similarity: Similarity | None = None,
     ) -> LoGoTerms:
@@ -162,6 +169,7 @@ class LoGoLoss(nn.Module):
             global_target: The targets that the host used, (T, N, D) or T tensors (N, D), T >= 1.
             local_pred: As in `forward`.
             local_proj: As in `forward`.
+            local_overlap: As in `forward`.
             scale: What the host multiplies its mean similarity with; LoGo's pairs get the same.
             similarity: Replaces `self.similarity` for this call (a queue changes every step).
 
@@ -202,7 +210,7 @@ class LoGoLoss(nn.Module):
                 "Use a larger batch (drop_last=True), more local crops, or affinity=None."
             )
         z = torch.stack(proj)
-        local_local = local_local_loss(self.affinity, z, repulsion=self.repulsion)
+        local_local = local_local_loss(self.affinity, z, repulsion=self.repulsion, overlap=local_overlap)
         affinity = affinity_loss(
             self.affinity, z, form=self.affinity_loss, noise=self.positive_noise / math.sqrt(z.shape[-1])
         )
@@ -257,21 +265,33 @@ def info_nce(pred: Tensor, target: Tensor, *, queue: Tensor | None = None, tempe
         return F.cross_entropy(logits / temperature, labels)
 
 
-def local_local_loss(affinity: nn.Module, local_proj: Tensor, *, repulsion: str = "softplus") -> Tensor:
+def local_local_loss(
+    affinity: nn.Module, local_proj: Tensor, *, repulsion: str = "softplus", overlap: Tensor | None = None
+) -> Tensor:
     """Eq. 5: the mean affinity of the local crops of one image, over unordered pairs.
 
     Args:
         affinity: The pair scorer; its parameters get no gradient.
         local_proj: (L, N, D), L >= 2.
         repulsion: "softplus" or "logit".
+        overlap: Multiplies each pair by 1 - overlap, (pairs, N) in [0, 1]. None multiplies nothing.
 
     Returns:
         Scalar; its gradient reaches `local_proj` only.
+
+    Raises:
+        ValueError: If `overlap` has another shape.
     """
     first, second = _pairs(local_proj, combinations)
+    if overlap is not None and overlap.shape != (len(first), local_proj.shape[1]):
+        raise ValueError(
+            f"local_overlap must have shape (pairs, N) = {(len(first), local_proj.shape[1])} for "
+            f"{len(local_proj)} local crops, got {tuple(overlap.shape)}. crop_overlap(boxes) gives it."
+        )
     frozen = {name: parameter.detach() for name, parameter in affinity.named_parameters()}
     logits: Tensor = functional_call(affinity, frozen, (local_proj[first], local_proj[second]))
-    return (F.softplus(logits) if repulsion == "softplus" else logits).mean()
+    repelled = F.softplus(logits) if repulsion == "softplus" else logits
+    return (repelled if overlap is None else (1 - overlap.to(repelled)) * repelled).mean()
 
 
 def affinity_loss(
