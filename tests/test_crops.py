@@ -1,0 +1,401 @@
+"""Multi-crop collate and transform: batches, inputs, randomness, work left to the device, bad files."""
+
+import io
+import pickle
+import random
+import warnings
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as reference
+from photos import tiles
+from PIL import Image
+from torch.utils.data import DataLoader, default_collate
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.functional import pil_to_tensor
+
+from logo_plugin import MultiCropCollate, MultiCropTransform
+
+SMALL = {"global_size": 40, "local_size": 24}
+PLAIN = {"jitter_p": 0, "grayscale_p": 0, "blur_p": 0, "mean": (0, 0, 0), "std": (1 / 255,) * 3}  # 0 to 255
+
+
+def encoded(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def seeded(make, *arguments, seed=0):
+    torch.manual_seed(seed)
+    return make(*arguments)
+
+
+def same(first, second):
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.fixture
+def photograph():
+    return tiles(1, 200)[0][0].resize((150, 110), Image.Resampling.BICUBIC)
+
+
+def test_views_come_globals_first_then_targets_and_filenames():
+    samples = [(image, target, f"{i}.png") for i, (image, target) in enumerate(tiles(5))]
+    views, targets, names = MultiCropCollate(global_crops=3, local_crops=1, **SMALL)(samples)
+    assert [tuple(view.shape) for view in views] == [(5, 3, 40, 40)] * 3 + [(5, 3, 24, 24)]
+    assert all(view.dtype == torch.float32 and view.is_contiguous() for view in views)
+    assert targets.tolist() == [target for _, target in tiles(5)]
+    assert names == [f"{i}.png" for i in range(5)]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_batch_has_what_the_samples_have(length):
+    samples = [(image, target, str(target))[:length] for image, target in tiles(3)]
+    batch = MultiCropCollate(**SMALL, return_boxes=True)(samples)
+    assert len(batch) == length + 1
+    if length == 1:
+        bare = MultiCropCollate(**SMALL)
+        assert same(seeded(bare, samples)[0], seeded(bare, [image for image, _ in tiles(3)])[0])
+
+
+def test_transform_with_torchs_own_collate_gives_the_same_batch():
+    transform, collate = MultiCropTransform(**SMALL), MultiCropCollate(**SMALL)
+    views, targets = seeded(lambda: default_collate([(transform(image), target) for image, target in tiles(4)]))
+    expected, expected_targets = seeded(collate, tiles(4))
+    assert same(views, expected)
+    assert torch.equal(targets, expected_targets)
+
+
+def test_defaults_are_the_papers():
+    collate = MultiCropCollate()
+    views = collate([tiles(1)[0][0]])[0]
+    assert [view.shape[-1] for view in views] == [224, 224, 96, 96]
+    assert (collate.global_scale, collate.local_scale) == ((0.4, 1.0), (0.05, 0.4))
+    assert (collate.brightness, collate.contrast, collate.saturation, collate.hue) == (0.4, 0.4, 0.4, 0.1)
+    assert (collate.jitter_p, collate.grayscale_p, collate.blur_p, collate.flip_p) == (0.8, 0.2, 0.5, 0.5)
+    assert collate.blur_sigma == (0.1, 2.0)
+
+
+@pytest.mark.parametrize("cls", [MultiCropCollate, MultiCropTransform])
+def test_cifar_preset(cls):
+    preset = cls.cifar10(local_crops=4, blur_p=0.1, blur_sigma=(0.1, 1.0))
+    assert isinstance(preset, cls)
+    assert (preset.global_size, preset.local_size, preset.local_crops, preset.blur_p) == (32, 32, 4, 0.1)
+    assert cls.cifar10().blur_p == 0
+    assert preset.mean == (0.4914, 0.4822, 0.4465)
+    assert preset.std == (0.2023, 0.1994, 0.2010)
+
+
+def test_normalisation():
+    color = Image.new("RGB", (30, 30), (255, 51, 0))
+    options = SMALL | {"jitter_p": 0, "grayscale_p": 0, "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.25, 2.0)}
+    for view in MultiCropTransform(**options)(color):
+        expected = torch.tensor([0.9 / 0.5, 0.0, -0.3 / 2]).view(3, 1, 1).expand_as(view)
+        torch.testing.assert_close(view, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(150, 110), (30, 47)])
+def test_crops_are_resized_as_torchvision_and_pillow_do(photograph, size):
+    """Bicubic with antialias, of the box and with the flip that the batch reports.
+
+    To the level against torchvision's uint8 kernel. Against Pillow, whose weights have more bits, one
+    level where it shrinks and two at a few pixels where it enlarges; first across, then down, as
+    Pillow did before it chose the order by size.
+    """
+    image = photograph.resize(size)
+    collate = MultiCropCollate(**SMALL, **PLAIN, return_boxes=True)
+    views, crops = seeded(collate, [image] * 8)
+    assert crops.boxes.shape == (4, 8, 4)
+    assert 0 < crops.flips.sum() < 32
+    for v, view in enumerate(views):
+        for n in range(8):
+            side = view.shape[-1]
+            left, top, right, bottom = crops.boxes[v, n].int().tolist()
+            crop = image.crop((left, top, right, bottom))
+            flip = crops.flips[v, n]
+            expected = reference.resize(pil_to_tensor(crop), [side, side], InterpolationMode.BICUBIC, antialias=True)
+            torch.testing.assert_close(view[n], (expected.flip(-1) if flip else expected).float(), rtol=0, atol=1e-3)
+            across = crop.resize((side, bottom - top), Image.Resampling.BICUBIC)
+            expected = pil_to_tensor(across.resize((side, side), Image.Resampling.BICUBIC))
+            difference = (view[n] - (expected.flip(-1) if flip else expected)).abs().round()
+            shrinks = right - left >= side and bottom - top >= side
+            assert difference.max() <= (1 if shrinks else 2)
+            assert (difference > 1).float().mean() < 5e-3
+
+
+@pytest.mark.parametrize("size", [(10, 400), (400, 10), (1, 50), (1, 1), (3, 2)])
+def test_an_image_that_no_crop_fits_is_cut_in_the_centre_like_torchvisions(size):
+    width, height = size
+    top, left, h, w = RandomResizedCrop.get_params(torch.empty(3, height, width), [1.0, 1.0], [3 / 4, 4 / 3])
+    transform = MultiCropTransform(global_scale=(1.0, 1.0), **SMALL)
+    if size != (3, 2):
+        assert transform.draw(width, height)[0].box == (left, top, left + w, top + h)
+    views = MultiCropTransform(**SMALL)(Image.new("RGB", size, (9, 9, 9)))
+    assert [tuple(view.shape) for view in views] == [(3, 40, 40)] * 2 + [(3, 24, 24)] * 2
+    assert all(view.isfinite().all() for view in views)
+
+
+def test_an_image_may_come_as_tensor_bytes_or_path(photograph, tmp_path):
+    collate = MultiCropCollate(**SMALL)
+    path = tmp_path / "photograph.png"
+    photograph.save(path)
+    expected = seeded(collate, [photograph])[0]
+    tensor = pil_to_tensor(photograph)
+    lossless = [encoded(photograph, "PNG"), encoded(photograph, "WebP", lossless=True)]
+    for sample in (tensor, tensor.contiguous(), *lossless, path, str(path)):
+        assert same(seeded(collate, [sample])[0], expected)
+    assert torch.equal(tensor, pil_to_tensor(photograph))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_is_decoded_as_pillow_does(photograph, mode, tmp_path):
+    jpeg = encoded(photograph.convert(mode), "JPEG", quality=80)
+    path = tmp_path / "photograph.jpg"
+    path.write_bytes(jpeg)
+    expected = seeded(MultiCropTransform(**SMALL), Image.open(io.BytesIO(jpeg)).convert("RGB"))
+    assert same(seeded(MultiCropTransform(**SMALL), jpeg), expected)
+    assert same(seeded(MultiCropTransform(**SMALL), path), expected)
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "LA", "PA", "RGBA", "CMYK", "YCbCr", "HSV", "I", "I;16", "tensor L", "tensor RGBA"]
+)
+def test_every_mode_becomes_rgb(photograph, mode):
+    if mode.startswith("tensor"):
+        converted = photograph.convert(mode[7:])
+        image, expected = pil_to_tensor(converted), converted.convert("RGB")
+    elif mode.startswith("I"):
+        gray = np.asarray(photograph.convert("L"))
+        image = Image.fromarray(gray.astype(np.uint16) * 257)
+        image = image.convert("I") if mode == "I" else image
+        assert image.mode == mode
+        expected = Image.fromarray(gray).convert("RGB")
+    else:
+        base = photograph.convert("RGB" if mode in ("YCbCr", "HSV", "CMYK", "P") else "L" if mode == "1" else "RGBA")
+        image = base.convert("P").convert("PA") if mode == "PA" else base.convert(mode)
+        expected = image.convert("RGB")
+    options = SMALL | PLAIN
+    views, expected = (seeded(MultiCropTransform(**options), x) for x in (image, expected))
+    assert all((a - b).abs().max() <= 1 for a, b in zip(views, expected, strict=True))
+
+
+def test_16_bit_png_keeps_its_range(photograph):
+    gray = np.asarray(photograph.convert("L"))
+    png = encoded(Image.fromarray(gray.astype(np.uint16) * 257), "PNG")
+    options = SMALL | PLAIN
+    assert same(
+        seeded(MultiCropTransform(**options), png), seeded(MultiCropTransform(**options), Image.fromarray(gray))
+    )
+
+
+def test_all_randomness_is_torchs(photograph):
+    transform = MultiCropTransform(**SMALL, solarize_p=0.3)
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    first = seeded(transform, photograph)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states
+    random.seed(1)
+    assert same(first, seeded(transform, photograph))
+    assert not same(first, transform(photograph))
+    assert not same(first, seeded(transform, photograph, seed=1))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_workers_are_reproducible_and_differ():
+    samples = [tiles(1)[0]] * 8
+    collate = MultiCropCollate.cifar10(return_boxes=True)
+
+    def batches(seed):
+        torch.manual_seed(seed)
+        return list(DataLoader(samples, batch_size=2, num_workers=2, collate_fn=collate))
+
+    first, again, other = batches(0), batches(0), batches(1)
+    assert all(same(a[0], b[0]) for a, b in zip(first, again, strict=True))
+    assert not any(same(a[0], b[0]) for a, b in zip(first, other, strict=True))
+    boxes = Counter(tuple(box.tolist()) for batch in first for box in batch[-1].boxes.flatten(0, 1))
+    assert len(boxes) > 28  # of 32: two workers do not draw the same
+
+
+def test_pickles():
+    for made in (MultiCropCollate.cifar10(on_error="skip", defer="augment"), MultiCropTransform(global_size=64)):
+        copy = pickle.loads(pickle.dumps(made))
+        assert copy == made
+        assert repr(copy) == repr(made)
+
+
+def everything(**options):
+    return MultiCropCollate(**SMALL, solarize_p=0.3, **options)
+
+
+@pytest.mark.parametrize(("defer", "tolerance"), [("augment", 2e-3), ("normalize", 0.51)])
+def test_the_device_gives_the_workers_picture(photograph, defer, tolerance):
+    """The same draws, in levels of 255."""
+    samples = [photograph, *(image for image, _ in tiles(7))]
+    expected = seeded(everything(), samples)[0]
+    deferred = seeded(everything(defer=defer), samples)[0]
+    views = pickle.loads(pickle.dumps(deferred)).to("cpu", non_blocking=True)
+    assert same(views, deferred.to(torch.device("cpu")))
+    for view, other in zip(views, expected, strict=True):
+        assert view.dtype == torch.float32
+        difference = 255 * (view - other).abs() * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+        assert difference.max() <= tolerance
+
+
+@pytest.mark.parametrize("defer", ["augment", "normalize"])
+def test_unfinished_views_reach_no_model(photograph, defer):
+    batch = everything(defer=defer)([(photograph, 3)] * 2)
+    for use in (list, len, lambda views: views[0], lambda views: default_collate([views]), torch.stack):
+        with pytest.raises(TypeError):
+            use(batch[0])
+    with pytest.raises(TypeError, match=r"views = batch\[0\]\.to\(device\)"):
+        _first, _second, *_ = batch[0]
+    assert batch[1].tolist() == [3, 3]
+
+
+def test_lightning_finishes_deferred_views_by_itself(photograph):
+    apply_func = pytest.importorskip("lightning_fabric.utilities.apply_func")
+    batch = seeded(everything(defer="augment", return_boxes=True), [(photograph, 3, "a")])
+    moved = apply_func.move_data_to_device(batch, torch.device("cpu"))
+    assert same(moved[0], batch[0].to("cpu"))
+    assert torch.equal(moved[3].boxes, batch[3].boxes)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_deferred_views_travel_from_workers():
+    collate = MultiCropCollate.cifar10(defer="augment")
+    (views, _), *_ = DataLoader(tiles(4), batch_size=4, num_workers=1, collate_fn=collate)
+    assert [tuple(view.shape) for view in views.to("cpu")] == [(4, 3, 32, 32)] * 4
+
+
+def bad_files(photograph):
+    jpeg = encoded(photograph, "JPEG")
+    return {
+        "truncated.jpg": jpeg[: len(jpeg) // 2],
+        "truncated.png": encoded(photograph, "PNG")[:2000],
+        "text.jpg": b"not an image",
+        "empty.jpg": b"",
+        "header.jpg": jpeg[:40],
+        "float.tiff": encoded(photograph.convert("F"), "TIFF"),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["truncated.jpg", "truncated.png", "text.jpg", "empty.jpg", "header.jpg", "float.tiff"]
+)
+def test_a_bad_file_is_named(photograph, name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(bad_files(photograph)[name])
+    good = encoded(photograph, "PNG")
+    with pytest.raises(ValueError, match=rf"sample 1 of the batch \(.*{name}\): cannot decode .*on_error"):
+        MultiCropCollate(**SMALL)([(good, 0), (path, 1)])
+    with pytest.raises(ValueError, match=r"sample 2 of the batch \(third\)"):
+        MultiCropCollate(**SMALL)([(good, 0, "first"), (good, 1, "second"), (path.read_bytes(), 2, "third")])
+    with pytest.raises(ValueError, match=r"sample 0 of the batch: cannot decode"):
+        MultiCropCollate(**SMALL)([path.read_bytes()])
+    with pytest.raises(ValueError, match="cannot decode"):
+        MultiCropTransform(**SMALL)(path)
+
+
+def test_skipping_warns_once_per_file_and_keeps_the_batch(photograph, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"x")
+    samples = [(Image.new("RGB", (40, 40), (i, i, i)), i, f"{i}.png") for i in range(1, 6)]
+    samples[2] = (tmp_path / "bad.jpg", 3, "bad.jpg")
+    samples[4] = (tmp_path / "missing.jpg", 5, "missing.jpg")
+    collate = MultiCropCollate(**SMALL, **PLAIN, on_error="skip", return_boxes=True)
+    with pytest.warns(UserWarning, match="takes its place") as caught:
+        views, targets, names, crops = collate(samples)
+    assert [str(w.message).split(":")[0] for w in caught] == [
+        "sample 2 of the batch (bad.jpg)",
+        "sample 4 of the batch (missing.jpg)",
+    ]
+    assert len(names) == 5
+    assert crops.boxes.shape == (4, 5, 4)
+    assert [targets[i].item() for i in (0, 1, 3)] == [1, 2, 4]
+    assert set(targets.tolist()) == {1, 2, 4}
+    for view in views:  # each image carries its target's gray level
+        assert view.mean((1, 2, 3)).round().tolist() == targets.tolist()
+    assert names == [f"{i}.png" for i in targets.tolist()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        collate(samples)
+    assert len(samples) == 5
+    assert samples[2][2] == "bad.jpg"
+
+
+def test_skipping_draws_the_substitute_at_random():
+    collate = MultiCropCollate(**SMALL, on_error="skip")
+    samples = [(image, i, str(i)) for i, (image, _) in enumerate(tiles(3))] + [(b"", 3, "3")]
+    with pytest.warns(UserWarning, match="3"):
+        targets = {collate(samples)[1][3].item() for _ in range(30)}
+    assert targets == {0, 1, 2}
+
+
+def test_a_batch_without_any_good_image_is_an_error():
+    with (
+        pytest.warns(UserWarning, match=r"sample [01] of the batch: cannot decode"),
+        pytest.raises(ValueError, match="none of the 2 images"),
+    ):
+        MultiCropCollate(**SMALL, on_error="skip")([b"x", b"y"])
+
+
+@pytest.mark.parametrize(
+    ("samples", "match"),
+    [
+        ([], "got 0 samples"),
+        ([1, 2], "got int"),
+        ([(0, Image.new("RGB", (9, 9)), 1)], "got int"),
+        ([(Image.new("RGB", (9, 9)), 1), Image.new("RGB", (9, 9))], r"\[1, 2\] items"),
+        ([(Image.new("RGB", (9, 9)), 1, "a", 2)], r"\[4\] items"),
+        ([torch.rand(3, 9, 9)], r"uint8 \(C, H, W\).*float32 \(3, 9, 9\)"),
+        ([torch.zeros(9, 9, 3, dtype=torch.uint8)], r"\(9, 9, 3\)"),
+        ([torch.zeros(3, 0, 9, dtype=torch.uint8)], r"\(3, 0, 9\)"),
+        ([torch.zeros(9, 9, dtype=torch.uint8)], r"\(9, 9\)"),
+    ],
+)
+def test_samples_of_another_kind_are_an_error_even_when_skipping(samples, match):
+    for on_error in ("raise", "skip"):
+        with pytest.raises(TypeError, match=match):
+            MultiCropCollate(**SMALL, on_error=on_error)(samples)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "match"),
+    [
+        ("global_crops", 0, "an integer >= 1"),
+        ("global_crops", 2.0, "an integer >= 1"),
+        ("local_crops", -1, "an integer >= 0"),
+        ("local_crops", True, "an integer >= 0"),
+        ("global_size", (224, 224), "an integer >= 1"),
+        ("global_scale", (0.0, 1.0), "0 < low <= high <= 1"),
+        ("global_scale", (0.4, 1.1), "0 < low <= high <= 1"),
+        ("local_scale", (0.4, 0.05), "0 < low <= high <= 1"),
+        ("local_scale", 0.4, "0 < low <= high <= 1"),
+        ("ratio", (0.75,), "0 < low <= high"),
+        ("blur_sigma", (0.0, 2.0), "0 < low <= high"),
+        ("flip_p", 1.5, r"a probability in \[0, 1\]"),
+        ("jitter_p", None, r"a probability in \[0, 1\]"),
+        ("brightness", -0.1, ">= 0"),
+        ("contrast", float("nan"), ">= 0"),
+        ("hue", 0.6, r"\[0, 0.5\]"),
+        ("mean", (0.5, 0.5), "3 numbers"),
+        ("std", (0.2, 0.0, 0.2), "3 numbers > 0"),
+        ("defer", "gpu", '"normalize" or "augment"'),
+        ("on_error", "ignore", '"raise" or "skip"'),
+        ("local_size", 6, "blur_sigma=.* larger than 7 pixels, got 6"),
+    ],
+)
+def test_bad_options_say_what_was_expected(option, value, match):
+    with pytest.raises(ValueError, match=match) as error:
+        MultiCropCollate(**{option: value})
+    assert str(value) in str(error.value)
+
+
+def test_small_crops_go_without_blur():
+    assert MultiCropTransform(global_size=4, local_size=1, blur_p=0)(Image.new("RGB", (9, 9)))[3].shape == (3, 1, 1)
+    assert MultiCropTransform(global_size=8, local_crops=0, local_size=1)(Image.new("RGB", (9, 9)))[1].shape == (
+        3,
+        8,
+        8,
+    )
