@@ -289,7 +289,7 @@ def local_local_loss(
             f"{len(local_proj)} local crops, got {tuple(overlap.shape)}. crop_overlap(boxes) gives it."
         )
     frozen = {name: parameter.detach() for name, parameter in affinity.named_parameters()}
-    logits: Tensor = functional_call(affinity, frozen, (local_proj[first], local_proj[second]))
+    logits: Tensor = functional_call(affinity, frozen, (first, second))
     repelled = F.softplus(logits) if repulsion == "softplus" else logits
     return (repelled if overlap is None else (1 - overlap.to(repelled)) * repelled).mean()
 
@@ -315,7 +315,7 @@ def affinity_loss(
     Returns:
         Scalar; its gradient reaches the parameters of `affinity` only.
     """
-    z = local_proj.detach()
+    z = full_precision(local_proj.detach())
     first, second = _pairs(z, permutations if form == "logistic" else combinations)
     n = z.shape[1]
     if partner is None:
@@ -324,8 +324,8 @@ def affinity_loss(
     if not isinstance(noise, Tensor):
         noise = noise * torch.randn(2, *z.shape[1:], device=z.device, dtype=z.dtype)
     logits: Tensor = affinity(
-        torch.cat([z[first] + noise[0], z[first]]),
-        torch.cat([z[second] + noise[1], z[second][:, partner]]),
+        torch.cat([first + noise[0], first]),
+        torch.cat([second + noise[1], second[:, partner]]),
     )
     positive, negative = logits.chunk(2)
     if form == "logistic":
@@ -333,9 +333,11 @@ def affinity_loss(
     return negative.mean() - positive.mean()
 
 
-def _pairs(views: Tensor, pairing: Callable[[range, int], Iterable[tuple[int, ...]]]) -> tuple[list[int], list[int]]:
-    pairs = list(pairing(range(len(views)), 2))
-    return [i for i, _ in pairs], [j for _, j in pairs]
+def _pairs(views: Tensor, pairing: Callable[[range, int], Iterable[tuple[int, ...]]]) -> list[Tensor]:
+    """First and second members of the pairs of views, each (P, N, D); stacked, since indexing is slow backward."""
+    each = views.unbind(0)
+    sides = zip(*pairing(range(len(each)), 2), strict=True)
+    return [torch.stack([each[i] for i in side]) for side in sides]
 
 
 def _capped_weight(pull: Tensor, local_local: Tensor, proj: Sequence[Tensor], ratio: float) -> Tensor:
@@ -345,7 +347,7 @@ def _capped_weight(pull: Tensor, local_local: Tensor, proj: Sequence[Tensor], ra
         gradients: Sequence[Tensor | None] = [None]
         if term.requires_grad and all(z.requires_grad for z in proj):
             # Times N: the gradient of one image does not underflow in half precision, the ratio stays.
-            n = term.new_tensor(proj[0].shape[-2])
+            n = term.new_full((), proj[0].shape[-2])
             gradients = torch.autograd.grad(term, proj, n, retain_graph=True, allow_unused=True)
         found = [full_precision(gradient).norm() for gradient in gradients if gradient is not None]
         if len(found) < len(proj):
