@@ -142,6 +142,7 @@ class _LoGo(nn.Module):
         if affinity == "auto":
             affinity = Affinity(_width(_heads(self, settings.projector).projector))
         self.logo_settings = replace(settings, criterion=settings.criterion or _find_criterion(self))
+        _resolve(self, self.logo_settings.criterion)
         self.logo_terms = None
         self.logo = LoGoLoss(affinity=affinity, **config["options"]).to(next(self.parameters()).device)
 
@@ -461,7 +462,9 @@ def _call(model: nn.Module, method: str | Callable[[Tensor], Any], images: Tenso
 def _resolve(model: nn.Module, criterion: str | nn.Module | None) -> nn.Module:
     found = getattr(model, criterion, None) if isinstance(criterion, str) else criterion
     if not isinstance(found, nn.Module):
-        raise ValueError(f"criterion={criterion!r} is not a loss module of {type(model).__name__}.")
+        raise ValueError(
+            f"criterion={criterion!r} is neither a loss module nor the name of one of {type(model).__name__}."
+        )
     return found
 
 
