@@ -141,10 +141,10 @@ class _LoGo(nn.Module):
         affinity = copy.deepcopy(config["affinity"])
         if affinity == "auto":
             affinity = Affinity(_width(_heads(self, settings.projector).projector))
-        self.logo_settings = replace(settings, criterion=settings.criterion or _find_criterion(self))
-        _resolve(self, self.logo_settings.criterion)
-        self.logo_terms = None
+        settings = replace(settings, criterion=settings.criterion or _find_criterion(self))
+        _resolve(self, settings.criterion)
         self.logo = LoGoLoss(affinity=affinity, **config["options"]).to(next(self.parameters()).device)
+        self.logo_settings, self.logo_terms = settings, None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickled by the user's own class unless that name now means the wrapped class (a decorator).
