@@ -151,7 +151,10 @@ def test_an_image_may_come_as_tensor_bytes_or_path(photograph, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_jpeg_is_decoded_as_pillow_does(photograph, mode, tmp_path):
+@pytest.mark.parametrize("with_torchvision", [True, False])
+def test_jpeg_is_decoded_as_pillow_does(photograph, mode, with_torchvision, tmp_path, monkeypatch):
+    if not with_torchvision:  # as where torchvision has dropped its decoder
+        monkeypatch.setattr("logo_plugin.decoding._decode_jpeg", None)
     jpeg = encoded(photograph.convert(mode), "JPEG", quality=80)
     path = tmp_path / "photograph.jpg"
     path.write_bytes(jpeg)
@@ -223,6 +226,16 @@ def test_pickles():
         copy = pickle.loads(pickle.dumps(made))
         assert copy == made
         assert repr(copy) == repr(made)
+
+
+def test_a_model_can_train_on_the_views(photograph):
+    weight = torch.ones((), requires_grad=True)
+    transform = MultiCropTransform(**SMALL)
+    for views in (transform(photograph), MultiCropCollate(**SMALL)([photograph])[0]):
+        for view in views:
+            assert not view.is_inference()
+            (weight * view.add_(1)).sum().backward()
+    assert weight.grad.isfinite()
 
 
 def everything(**options):

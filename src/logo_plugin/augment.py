@@ -110,11 +110,8 @@ def _hue(x: Tensor, shifts: list[float]) -> Tensor:
     is +-(2 + a_r - a_g - a_b), positive where g >= b; back, a_c is a clamped triangle wave of the hue.
     """
     r, g, b = x.chunk(3, dim=1)
-    high = torch.maximum(r, g)
-    torch.maximum(high, b, out=high)
-    chroma = torch.minimum(r, g)
-    torch.minimum(chroma, b, out=chroma)
-    torch.sub(high, chroma, out=chroma).clamp_min_(torch.finfo(x.dtype).tiny)
+    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    chroma = torch.sub(high, low, out=low).clamp_min_(torch.finfo(x.dtype).tiny)
     hue = (g + b).sub_(r).sub_(high).div_(chroma).add_(2)
     wave = g - b
     hue.copysign_(wave).add_(_shared([6 * shift for shift in shifts], x))

@@ -1,25 +1,25 @@
 """Multi-crop views of a batch: decode once, crop, resize, augment."""
 
+import functools
 import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from itertools import combinations
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from logo_plugin.augment import Recipe, augment, blur_radius
+from logo_plugin.decoding import ImageLike, UndecodableError, decode
 
 Range = tuple[float, float]
 T = TypeVar("T", bound="MultiCropTransform")
-ImageLike = Image.Image | Tensor | bytes | str | os.PathLike[str]
 
 
 class CropBoxes(NamedTuple):
@@ -59,7 +59,8 @@ class DeferredViews:
         views = [view.to(device, non_blocking=non_blocking) for view in self._views]
         if self._recipes is not None:
             views = [augment(view, recipes) for view, recipes in zip(views, self._recipes, strict=True)]
-        return [_normalize(view, self._mean, self._std) for view in views]
+        shift, scale = (x.to(device) for x in _statistics(tuple(self._mean), tuple(self._std)))
+        return [(view - shift).mul_(scale) for view in views]
 
     def pin_memory(self) -> "DeferredViews":
         """For `DataLoader(pin_memory=True)`."""
@@ -179,8 +180,8 @@ class MultiCropTransform:
             ValueError: If the image cannot be decoded.
             TypeError: If it is none of these kinds.
         """
-        views = self._empty(torch.float32)
-        self._render(_decode(image), views)
+        views = self._empty(np.float32)
+        self._render(decode(image), views)
         return views
 
     def draw(self, width: int, height: int) -> list[Recipe]:
@@ -193,21 +194,19 @@ class MultiCropTransform:
         recipes = []
         for view, u in enumerate(torch.rand(self.global_crops + self.local_crops, 54).tolist()):
             scale = self.global_scale if view < self.global_crops else self.local_scale
+            jitter = u[1] < self.jitter_p
             recipe = Recipe(
                 box=self._draw_box(width, height, scale, u[14:]),
                 flip=u[0] < self.flip_p,
-                gray=u[1] < self.grayscale_p,
-                sigma=_between(*self.blur_sigma, u[3]) if u[2] < self.blur_p else 0.0,
-                solarize=u[4] < self.solarize_p,
+                brightness=_between(max(0.0, 1 - self.brightness), 1 + self.brightness, u[2]) if jitter else 1.0,
+                contrast=_between(max(0.0, 1 - self.contrast), 1 + self.contrast, u[3]) if jitter else 1.0,
+                saturation=_between(max(0.0, 1 - self.saturation), 1 + self.saturation, u[4]) if jitter else 1.0,
+                hue=_between(-self.hue, self.hue, u[5]) if jitter else 0.0,
+                order=tuple(sorted(range(4), key=u[6:10].__getitem__)),
+                gray=u[10] < self.grayscale_p,
+                sigma=_between(*self.blur_sigma, u[12]) if u[11] < self.blur_p else 0.0,
+                solarize=u[13] < self.solarize_p,
             )
-            if u[5] < self.jitter_p:
-                recipe = recipe._replace(
-                    brightness=_between(max(0.0, 1 - self.brightness), 1 + self.brightness, u[6]),
-                    contrast=_between(max(0.0, 1 - self.contrast), 1 + self.contrast, u[7]),
-                    saturation=_between(max(0.0, 1 - self.saturation), 1 + self.saturation, u[8]),
-                    hue=_between(-self.hue, self.hue, u[9]),
-                    order=tuple(sorted(range(4), key=u[10:14].__getitem__)),
-                )
             recipes.append(recipe)
         return recipes
 
@@ -230,21 +229,25 @@ class MultiCropTransform:
         left, top = (width - w) // 2, (height - h) // 2
         return left, top, left + w, top + h
 
-    def _empty(self, dtype: torch.dtype, *batch: int) -> list[Tensor]:
+    def _empty(self, dtype: type[np.generic], *batch: int) -> list[Tensor]:
         sizes = [self.global_size] * self.global_crops + [self.local_size] * self.local_crops
-        return [torch.empty(*batch, 3, size, size, dtype=dtype) for size in sizes]
+        # numpy asks the kernel for huge pages, which spares a page fault for every 4 KiB of a float batch.
+        return [torch.from_numpy(np.empty((*batch, 3, size, size), dtype)) for size in sizes]
 
     def _render(self, pixels: Tensor, out: list[Tensor], defer: str | None = None) -> list[Recipe]:
         """Draws the views of one image into `out`; gives what was drawn."""
         recipes = self.draw(pixels.shape[1], pixels.shape[0])
-        for recipe, view in zip(recipes, out, strict=True):
-            x = _crop(pixels, recipe, view.shape[-1])
-            if defer == "augment":
-                view.copy_(x[0])
-            elif defer == "normalize":
-                view.copy_(augment(x, [recipe])[0].round().to(torch.int16))  # three times as fast as straight to uint8
-            else:
-                _normalize(augment(x, [recipe])[0], self.mean, self.std, out=view)
+        shift, scale = _statistics(tuple(self.mean), tuple(self.std))
+        with torch.inference_mode():  # a tenth less per operation
+            for recipe, view in zip(recipes, out, strict=True):
+                x = _crop(pixels, recipe, view.shape[-1])
+                if defer == "augment":
+                    view.copy_(x[0])
+                elif defer == "normalize":
+                    # By way of int16: three times as fast as straight to uint8.
+                    view.copy_(augment(x, [recipe])[0].round().to(torch.int16))
+                else:
+                    torch.sub(augment(x, [recipe])[0], shift, out=view).mul_(scale)
         return recipes
 
 
@@ -304,32 +307,32 @@ class MultiCropCollate(MultiCropTransform):
                 "MultiCropCollate expects samples that are all (image, target), (image, target, filename) or images, "
                 f"got {len(rows)} samples with {sorted({len(row) for row in rows})} items."
             )
-        views = self._empty(torch.float32 if self.defer is None else torch.uint8, len(rows))
-        drawn: list[list[Recipe] | None] = []
+        views = self._empty(np.float32 if self.defer is None else np.uint8, len(rows))
+        recipes: list[list[Recipe]] = []
+        bad = []
         for n, row in enumerate(rows):
             try:
-                drawn.append(self._render(_decode(row[0]), [view[n] for view in views], self.defer))
+                recipes.append(self._render(decode(row[0]), [view[n] for view in views], self.defer))
             except UndecodableError as error:
                 self._report(n, row, error)
-                drawn.append(None)
-        good = [n for n, recipes in enumerate(drawn) if recipes is not None]
+                recipes.append([])
+                bad.append(n)
+        good = [n for n in range(len(rows)) if n not in bad]
         if not good:
             raise ValueError(f"none of the {len(rows)} images of the batch can be decoded; see the warnings for each.")
-        recipes = []
-        for n, recipe in enumerate(drawn):
-            if recipe is None:
-                rows[n] = rows[good[int(torch.randint(len(good), ()))]]
-                recipe = self._render(_decode(rows[n][0]), [view[n] for view in views], self.defer)
-            recipes.append(recipe)
-        by_view = [list(column) for column in zip(*recipes, strict=True)]
-        columns = list(zip(*rows, strict=True))[1:]
+        for n in bad:
+            rows[n] = rows[good[int(torch.randint(len(good), ()))]]
+            recipes[n] = self._render(decode(rows[n][0]), [view[n] for view in views], self.defer)
+
+        per_view = [list(view) for view in zip(*recipes, strict=True)]
         batch: list[Any] = [views]
         if self.defer is not None:
-            batch = [DeferredViews(views, by_view if self.defer == "augment" else None, self.mean, self.std)]
-        batch += [default_collate(targets) for targets in columns[:1]] + [list(names) for names in columns[1:]]
+            batch = [DeferredViews(views, per_view if self.defer == "augment" else None, self.mean, self.std)]
+        _, *columns = (list(column) for column in zip(*rows, strict=True))
+        batch += [default_collate(targets) for targets in columns[:1]] + columns[1:]
         if self.return_boxes:
-            boxes = torch.tensor([[recipe.box for recipe in view] for view in by_view], dtype=torch.float32)
-            batch.append(CropBoxes(boxes, torch.tensor([[recipe.flip for recipe in view] for view in by_view])))
+            boxes = torch.tensor([[recipe.box for recipe in view] for view in per_view], dtype=torch.float32)
+            batch.append(CropBoxes(boxes, torch.tensor([[recipe.flip for recipe in view] for view in per_view])))
         return batch
 
     def _report(self, position: int, row: Sequence[Any], error: Exception) -> None:
@@ -341,10 +344,6 @@ class MultiCropCollate(MultiCropTransform):
         if name is None or str(name) not in self._warned:
             self._warned.add(str(name))
             warnings.warn(f"{message} Another image takes its place.", stacklevel=3)
-
-
-class UndecodableError(ValueError):
-    """An image that cannot be decoded."""
 
 
 def crop_overlap(boxes: Tensor) -> Tensor:
@@ -369,43 +368,6 @@ def crop_overlap(boxes: Tensor) -> Tensor:
     return intersection / union
 
 
-def _decode(image: ImageLike) -> Tensor:
-    """Gives (H, W, 3 or 4), uint8, of which the first three channels count."""
-    if isinstance(image, Tensor):
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3, 4) or not image.numel():
-            raise TypeError(
-                "an image tensor must be uint8 (C, H, W) with 1, 3 or 4 channels, "
-                f"got {image.dtype} {tuple(image.shape)}. Give it before any conversion to float."
-            )
-        return image[:3].expand(3, -1, -1).permute(1, 2, 0)
-    if not isinstance(image, (Image.Image, bytes, str, os.PathLike)):
-        raise TypeError(
-            "an image must be a PIL image, a uint8 tensor (C, H, W), encoded bytes or a path, "
-            f"got {type(image).__name__}."
-        )
-    try:
-        if isinstance(image, Image.Image):
-            return _pixels(image)
-        with Image.open(BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            return _pixels(opened)
-    # Pillow's decoders raise nearly anything on a damaged file.
-    except Exception as error:
-        raise UndecodableError(f"cannot decode the image ({type(error).__name__}: {error}).") from error
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    if image.mode == "F":
-        raise ValueError("floating-point images have no fixed range; convert them to 8 bits")
-    if image.mode.startswith("I"):
-        # Pillow's own conversion clips 16 bits at 255.
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    # RGBX is how Pillow stores RGB: a plain copy, half the time of packing three bytes.
-    raw = torch.frombuffer(bytearray(image.tobytes("raw", "RGBX")), dtype=torch.uint8)
-    return raw.view(image.height, image.width, 4)
-
-
 def _crop(pixels: Tensor, recipe: Recipe, size: int) -> Tensor:
     """Gives (1, 3, size, size), uint8."""
     left, top, right, bottom = recipe.box
@@ -415,13 +377,10 @@ def _crop(pixels: Tensor, recipe: Recipe, size: int) -> Tensor:
     return crop.flip(-1) if recipe.flip else crop
 
 
-def _normalize(x: Tensor, mean: Sequence[float], std: Sequence[float], out: Tensor | None = None) -> Tensor:
-    """(x / 255 - mean) / std for (..., 3, H, W)."""
-    shift, scale = (
-        torch.tensor(values, device=x.device).view(3, 1, 1)
-        for values in ([255 * m for m in mean], [1 / (255 * s) for s in std])
-    )
-    return torch.sub(x, shift, out=out).mul_(scale)
+@functools.cache
+def _statistics(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """What to subtract from pixels in [0, 255] and then multiply them with, (3, 1, 1) each."""
+    return torch.tensor(mean).view(3, 1, 1) * 255, 1 / (255 * torch.tensor(std).view(3, 1, 1))
 
 
 def _between(low: float, high: float, u: float) -> float:
