@@ -1,0 +1,1 @@
+"""Config groups for solo-learn: `+logo=byol`, `augmentations=logo_imagenet`."""
