@@ -82,8 +82,9 @@ class LoGoMethod:
             ValueError: If an option is unknown or out of its range, or there are too few crops.
         """
         cfg = super().add_and_assert_specific_cfg(cfg)  # type: ignore[misc]
-        given = OmegaConf.to_container(OmegaConf.create(cfg.method_kwargs.get("logo") or {}))
-        cfg.method_kwargs.logo = options = _checked(given)
+        given = cfg.method_kwargs.get("logo")
+        options = _checked(OmegaConf.to_container(given) if OmegaConf.is_config(given) else given or {})
+        cfg.method_kwargs.logo = options
         if cfg.data.num_large_crops != 2:
             raise ValueError(f"LoGo needs 2 global crops, got data.num_large_crops={cfg.data.num_large_crops}.")
         needed = 2 if options["affinity"] else 1

@@ -1,7 +1,9 @@
 """Makes `method=logo_byol` and `+logo=byol` known to solo-learn; does nothing in any other Hydra app."""
 
+import importlib.util
 import sys
 import warnings
+from pathlib import Path
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -22,5 +24,7 @@ class LoGoSearchPathPlugin(SearchPathPlugin):
                 "before. `python -m logo_plugin solo` says what does not fit.",
                 stacklevel=1,
             )
-            return
-        search_path.append("logo-plugin", "pkg://logo_plugin.conf")
+        # Also after a failure: an unknown +logo=byol would be a plain key to Hydra, and stock BYOL would train.
+        spec = importlib.util.find_spec("logo_plugin")
+        if spec is not None and spec.origin is not None:
+            search_path.append("logo-plugin", f"file://{Path(spec.origin).parent / 'conf'}")

@@ -1,1 +1,0 @@
-"""Config groups for solo-learn: `+logo=byol`, `augmentations=logo_imagenet`."""
