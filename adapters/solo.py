@@ -35,15 +35,9 @@ _SIZE_HINTS = {"vit": "+backbone.kwargs.dynamic_img_size=True", "swin": "+backbo
 
 
 class Outputs(NamedTuple):
-    """Where a method's training step keeps what LoGo needs: keys of the dict that its base's step returns.
+    """Where a method keeps what LoGo needs, as in `wrap`.
 
-    Attributes:
-        pred: Online prediction, compared with `target`.
-        target: Stop-gradient target.
-        proj: Projection that the affinity compares.
-        scale: What the method multiplies its mean similarity with (2 for a sum over both directions).
-        similarity: From the model, before its step: a callable (pred, target) -> scalar, or one for each
-            of the two targets.
+    `similarity` is called with the model before each of its steps, and gives one loss or one per target.
     """
 
     pred: str
@@ -53,14 +47,15 @@ class Outputs(NamedTuple):
     similarity: Callable[[Any], Similarity | list[Similarity]]
 
 
-class LoGoMethod:
+class LoGoMethod(BaseMethod):
     """What a LoGo method adds to solo-learn's; stands before it in the method resolution order."""
 
     outputs: Outputs
+    num_small_crops: int
 
     def __init__(self, cfg: DictConfig) -> None:
-        super().__init__(cfg)  # type: ignore[call-arg]
-        options = OmegaConf.to_container(cfg.method_kwargs.logo)
+        super().__init__(cfg)
+        options = dict(cfg.method_kwargs.logo)
         with_affinity, hidden_dim = options.pop("affinity"), options.pop("affinity_hidden_dim")
         dim = self._dry_run(cfg)
         self.logo = LoGoLoss(affinity=Affinity(dim, hidden_dim) if with_affinity else None, **options)
@@ -81,7 +76,7 @@ class LoGoMethod:
         Raises:
             ValueError: If an option is unknown or out of its range, or there are too few crops.
         """
-        cfg = super().add_and_assert_specific_cfg(cfg)  # type: ignore[misc]
+        cfg = super().add_and_assert_specific_cfg(cfg)
         given = cfg.method_kwargs.get("logo")
         options = _checked(OmegaConf.to_container(given) if OmegaConf.is_config(given) else given or {})
         cfg.method_kwargs.logo = options
@@ -103,19 +98,18 @@ class LoGoMethod:
 
     def _dry_run(self, cfg: DictConfig) -> int:
         """Forwards one image of each size; returns the width of the projection."""
-        modes = {module: module.training for module in self.modules()}  # type: ignore[attr-defined]
-        self.eval()  # type: ignore[attr-defined]
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
         for size in [crop.crop_size for crop in cfg.get("augmentations") or []] or [224]:
             height, width = size if isinstance(size, (list, tuple, ListConfig)) else (size, size)
             try:
                 with torch.no_grad():
-                    found = self(torch.zeros(1, 3, height, width))  # type: ignore[operator]
+                    found = self(torch.zeros(1, 3, height, width))
             except (AssertionError, RuntimeError, ValueError) as error:
-                hint = next((h for name, h in _SIZE_HINTS.items() if cfg.backbone.name.startswith(name)), None)
+                hint = _SIZE_HINTS.get(cfg.backbone.name.split("_")[0], "local crops of the global crops' size")
                 raise ValueError(
                     f"backbone {cfg.backbone.name} can't take crops of {height} x {width} pixels: {error}. "
-                    + (f"Add {hint}" if hint else "Give the local crops the size of the global ones ([224, 224])")
-                    + ", or choose a backbone that takes any size, such as resnet18."
+                    f"Try {hint}, or a backbone that takes any size, such as resnet18."
                 ) from error
         for module, mode in modes.items():
             module.training = mode
@@ -125,7 +119,7 @@ class LoGoMethod:
     def learnable_params(self) -> list[dict[str, Any]]:
         """solo-learn's parameter groups, and one for the affinity."""
         group = {"name": "affinity", "params": list(self.logo.parameters()), "weight_decay": 0}
-        stock: list[dict[str, Any]] = super().learnable_params  # type: ignore[misc]
+        stock: list[dict[str, Any]] = super().learnable_params
         return [*stock, group] if group["params"] else stock
 
     def training_step(self, batch: list[Any], batch_idx: int) -> Tensor:
@@ -144,15 +138,14 @@ class LoGoMethod:
                 f"expected {self.num_large_crops} global and {self.num_local_crops} local crops, got {len(crops)}."
             )
         similarity = self.outputs.similarity(self)  # before the step: it replaces keys of the queue
-        step = super().training_step  # type: ignore[misc]
-        host_loss = step([indexes, crops[: self.num_large_crops], targets], batch_idx)
+        host_loss = super().training_step([indexes, crops[: self.num_large_crops], targets], batch_idx)
         found = self.__dict__.pop("_captured", None)
         if found is None or not isinstance(host_loss, Tensor):
             raise TypeError(
-                f"LoGo needs a training_step that calls super().training_step() and returns the loss as a tensor; "
-                f"{type(self).__mro__[2].__name__}'s {'does not call it' if found is None else 'returns no tensor'}."
+                "LoGo needs a training_step that calls super().training_step() and returns the loss as a tensor; "
+                f"{type(self).__name__}'s {'does not call it' if found is None else 'returns no tensor'}."
             )
-        local = [self(crop) for crop in crops[self.num_large_crops :]]  # type: ignore[operator]
+        local = [self(crop) for crop in crops[self.num_large_crops :]]
         terms = self.logo.extend(
             host_loss,
             global_global=host_loss / self.outputs.scale,
@@ -164,25 +157,26 @@ class LoGoMethod:
             similarity=similarity,
         )
         metrics = {f"train_{name}": value.detach() for name, value in terms._asdict().items() if name != "total"}
-        self.log_dict(metrics, on_epoch=True, sync_dist=True)  # type: ignore[attr-defined]
-        return terms.total + found["class_loss"]
+        self.log_dict(metrics, on_epoch=True, sync_dist=True)
+        total: Tensor = terms.total + found["class_loss"]
+        return total
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drops the scheduler's self-referencing `get_lr` (methods with a static learning rate).
 
         It makes resuming and `main_linear.py` fail, and is set anew by `configure_optimizers`.
         """
-        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
+        super().on_save_checkpoint(checkpoint)
         for scheduler in checkpoint.get("lr_schedulers", []):
             scheduler.pop("get_lr", None)
 
 
-class _Neighbours:
+class _Neighbours(BaseMethod):
     """NNBYOL and NNSiam: the targets are the nearest neighbours that the method looks up in its queue."""
 
     def find_nn(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = super().find_nn(z)  # type: ignore[misc]
-        self.__dict__["_captured"].setdefault("neighbours", []).append(found[1])
+        found: tuple[Tensor, Tensor] = super().find_nn(z)
+        self.__dict__.get("_captured", {}).setdefault("neighbours", []).append(found[1])
         return found
 
 
@@ -199,12 +193,12 @@ def wrap(
 
     Args:
         method: A class of `solo.methods`, a subclass of one, or your own subclass of `BaseMethod` or
-            `BaseMomentumMethod`: then name its outputs, keys of what the base's `training_step` returns
-            (for `pred` and `proj` also of what `forward` returns).
-        pred: Online prediction.
-        target: Stop-gradient target.
-        proj: Projection that the affinity compares (default: `pred`).
-        scale: What the method multiplies its mean similarity with (default 1).
+            `BaseMomentumMethod`: then name its outputs.
+        pred: Key of the online prediction in what `forward` returns.
+        target: Key of the stop-gradient target in what the base's `training_step` returns.
+        proj: Key of the projection that the affinity compares, as `pred` (default: `pred` itself).
+        scale: What the method multiplies its mean similarity with: 2 for a sum over both directions,
+            1 (default) for their mean.
         similarity: The method's similarity loss, (pred, target) -> scalar.
 
     Returns:
@@ -217,12 +211,11 @@ def wrap(
     """
     if not inspect.isclass(method) or not issubclass(method, BaseMethod):
         raise TypeError(f"wrap() takes a solo-learn method class such as solo.methods.BYOL, got {method!r}.")
-    given = {"pred": pred, "target": target, "proj": proj, "scale": scale}
+    constant = None if similarity is None else lambda model: similarity
+    given: dict[str, Any] = dict(pred=pred, target=target, proj=proj, scale=scale, similarity=constant)
     given = {name: value for name, value in given.items() if value is not None}
-    if similarity is not None:
-        given["similarity"] = lambda model: similarity  # type: ignore[assignment]
-    if issubclass(method, LoGoMethod) or (not given and method in _KNOWN):
-        return _KNOWN.get(method, method)
+    if not given and (method in _KNOWN or issubclass(method, LoGoMethod)):
+        return _KNOWN.get(method, method)  # type: ignore[no-any-return]
     parent = next((_KNOWN[base] for base in method.__mro__ if base in _KNOWN), None)
     if parent is None:
         missing = [name for name in ("pred", "target", "similarity") if name not in given]
@@ -232,9 +225,9 @@ def wrap(
                 f"tell wrap() its {', '.join(missing)}, as in wrap({method.__name__}, "
                 'pred="p", target="momentum_z", proj="z", scale=2.0, similarity=loss_function).'
             )
-        return _logo_class(method, Outputs(**{"proj": pred, "scale": 1.0, **given}))  # type: ignore[arg-type]
+        return _logo_class(method, Outputs(**{"proj": pred, "scale": 1.0} | given))
     mixins = (_Neighbours,) if issubclass(parent, _Neighbours) else ()
-    return _logo_class(method, parent.outputs._replace(**given), *mixins)  # type: ignore[attr-defined]
+    return _logo_class(method, parent.outputs._replace(**given), *mixins)
 
 
 def _logo_class(method: type, outputs: Outputs, *mixins: type, module: str | None = None) -> type:
@@ -270,7 +263,7 @@ def _checked(given: Any) -> dict[str, Any]:
     if not isinstance(options["affinity"], bool):
         raise ValueError(f"method_kwargs.logo.affinity must be true or false, got {options['affinity']!r}.")
     try:
-        LoGoLoss(**{name: value for name, value in options.items() if not name.startswith("affinity")})
+        LoGoLoss(**{name: options[name] for name in options if name not in ("affinity", "affinity_hidden_dim")})
     except ValueError as error:
         raise ValueError(f"method_kwargs.logo: {error}") from error
     return options
@@ -301,6 +294,14 @@ def _exact(similarity: Callable[..., Tensor], **options: Any) -> Similarity:
     return exact
 
 
+_KNOWN: dict[type, Any] = {}
+
+
+def _known(method: type, *outputs: Any, mixins: tuple[type, ...] = ()) -> Any:
+    _KNOWN[method] = _logo_class(method, Outputs(*outputs), *mixins, module=__name__)
+    return _KNOWN[method]
+
+
 def _queues(model: Any) -> list[Similarity]:
     return [_exact(mocov2plus_loss_func, queue=q, temperature=model.temperature) for q in model.queue.clone()]
 
@@ -309,29 +310,12 @@ def _in_batch(model: Any) -> Similarity:
     return _exact(mocov3_loss_func, temperature=model.temperature)
 
 
-def _byol(model: Any) -> Similarity:
-    return _exact(byol_loss_func)
-
-
-def _simsiam(model: Any) -> Similarity:
-    return _exact(simsiam_loss_func)
-
-
-_known = partial(_logo_class, module=__name__)
-LoGoBYOL = _known(methods.BYOL, Outputs("p", "momentum_z", "z", 2.0, _byol))
-LoGoSimSiam = _known(methods.SimSiam, Outputs("p", "z", "z", 1.0, _simsiam))
-LoGoMoCoV2Plus = _known(methods.MoCoV2Plus, Outputs("z", "momentum_z", "z", 1.0, _queues))
-LoGoMoCoV3 = _known(methods.MoCoV3, Outputs("q", "momentum_k", "z", 2.0, _in_batch))
-LoGoNNBYOL = _known(methods.NNBYOL, Outputs("p", "neighbours", "z", 2.0, _byol), _Neighbours)
-LoGoNNSiam = _known(methods.NNSiam, Outputs("p", "neighbours", "z", 1.0, _simsiam), _Neighbours)
-_KNOWN: dict[type, type] = {
-    methods.BYOL: LoGoBYOL,
-    methods.SimSiam: LoGoSimSiam,
-    methods.MoCoV2Plus: LoGoMoCoV2Plus,
-    methods.MoCoV3: LoGoMoCoV3,
-    methods.NNBYOL: LoGoNNBYOL,
-    methods.NNSiam: LoGoNNSiam,
-}
+LoGoBYOL = _known(methods.BYOL, "p", "momentum_z", "z", 2.0, lambda model: _exact(byol_loss_func))
+LoGoSimSiam = _known(methods.SimSiam, "p", "z", "z", 1.0, lambda model: _exact(simsiam_loss_func))
+LoGoMoCoV2Plus = _known(methods.MoCoV2Plus, "z", "momentum_z", "z", 1.0, _queues)
+LoGoMoCoV3 = _known(methods.MoCoV3, "q", "momentum_k", "z", 2.0, _in_batch)
+LoGoNNBYOL = _known(methods.NNBYOL, "p", "neighbours", *LoGoBYOL.outputs[2:], mixins=(_Neighbours,))
+LoGoNNSiam = _known(methods.NNSiam, "p", "neighbours", *LoGoSimSiam.outputs[2:], mixins=(_Neighbours,))
 
 
 class _KNNMetric(Metric):

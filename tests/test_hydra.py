@@ -65,9 +65,7 @@ def test_doctor_says_what_is_missing(tmp_path):
     def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "logo_plugin", *arguments]
         environment = {"PATH": "", "HOME": str(tmp_path)}
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
 
     done = doctor()
     assert done.returncode == 0, done.stdout + done.stderr

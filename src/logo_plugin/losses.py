@@ -173,7 +173,8 @@ class LoGoLoss(nn.Module):
             ValueError: As in `forward`.
         """
         preds, targets = _views("local_pred", local_pred), _views("global_target", global_target)
-        similarities = similarity if isinstance(similarity, Sequence) else [similarity or self.similarity] * len(targets)
+        if not isinstance(similarity, Sequence):
+            similarity = [similarity or self.similarity] * len(targets)
         zero = global_global.new_zeros(())
         if not preds:
             if self.affinity is not None:
@@ -184,7 +185,7 @@ class LoGoLoss(nn.Module):
             return LoGoTerms(host_loss, global_global, zero, zero, zero)
         _same_shape("local_pred", preds, "global_target", targets)
         local_global = torch.stack(
-            [score(pred, t.detach()) for pred in preds for score, t in zip(similarities, targets, strict=True)]
+            [score(pred, t.detach()) for pred in preds for score, t in zip(similarity, targets, strict=True)]
         ).mean()
         pairs = self.local_global_weight * len(preds) * len(targets)
         if self.reduction == "pairs":
