@@ -106,9 +106,10 @@ class LoGoMethod(BaseMethod):
                 with torch.no_grad():
                     found = self(torch.zeros(1, 3, height, width))
             except (AssertionError, RuntimeError, ValueError) as error:
+                reason = str(error).rstrip(".")
                 hint = _SIZE_HINTS.get(cfg.backbone.name.split("_")[0], "local crops of the global crops' size")
                 raise ValueError(
-                    f"backbone {cfg.backbone.name} can't take crops of {height} x {width} pixels: {error}. "
+                    f"backbone {cfg.backbone.name} can't take crops of {height} x {width} pixels: {reason}. "
                     f"Try {hint}, or a backbone that takes any size, such as resnet18."
                 ) from error
         for module, mode in modes.items():
