@@ -156,7 +156,7 @@ class LoGoLoss(nn.Module):
         local_proj: Views | None = None,
         local_overlap: Tensor | None = None,
         scale: float | Tensor = 1.0,
-        similarity: Similarity | None = None,
+        similarity: Similarity | Sequence[Similarity] | None = None,
     ) -> LoGoTerms:
         """Adds LoGo's local terms to a loss that a host framework computed on the global crops.
 
@@ -171,7 +171,8 @@ class LoGoLoss(nn.Module):
             local_proj: As in `forward`.
             local_overlap: As in `forward`.
             scale: What the host multiplies its mean similarity with; LoGo's pairs get the same.
-            similarity: Replaces `self.similarity` for this call (a queue changes every step).
+            similarity: Replaces `self.similarity` for this call (a queue changes every step); a sequence
+                has one for each target.
 
         Returns:
             `LoGoTerms`; `total` is `host_loss` itself when there are no local crops.
@@ -179,8 +180,9 @@ class LoGoLoss(nn.Module):
         Raises:
             ValueError: As in `forward`.
         """
-        similarity = similarity or self.similarity
         preds, targets = _views("local_pred", local_pred), _views("global_target", global_target)
+        if not isinstance(similarity, Sequence):
+            similarity = [similarity or self.similarity] * len(targets)
         zero = global_global.new_zeros(())
         if not preds:
             if self.affinity is not None:
@@ -190,7 +192,9 @@ class LoGoLoss(nn.Module):
                 )
             return LoGoTerms(host_loss, global_global, zero, zero, zero)
         _same_shape("local_pred", preds, "global_target", targets)
-        local_global = torch.stack([similarity(pred, target.detach()) for pred in preds for target in targets]).mean()
+        local_global = torch.stack(
+            [score(pred, t.detach()) for pred in preds for score, t in zip(similarity, targets, strict=True)]
+        ).mean()
         pairs = self.local_global_weight * len(preds) * len(targets)
         if self.reduction == "pairs":
             fraction = pairs / (global_pairs + pairs)
