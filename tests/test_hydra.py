@@ -77,5 +77,5 @@ def test_doctor_says_what_is_missing(tmp_path):
     (tmp_path / "solo" / "__init__.py").touch()
     done = doctor("solo")
     assert done.returncode == 1
-    assert "solo-learn can't be imported (" in done.stdout
+    assert "solo: does not work" in done.stdout
     assert doctor("sole").returncode == 2
