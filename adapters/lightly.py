@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from logo_plugin.affinity import Affinity
+from logo_plugin.crops import CropBoxes, crop_overlap
 from logo_plugin.losses import LoGoLoss, LoGoTerms, info_nce
 
 _ONLINE = ("forward_student", "forward_query_encoder", "forward")
@@ -40,6 +41,7 @@ def wrap(
     projector: str | None = None,
     global_crops: int = 2,
     concat_local_crops: bool = False,
+    weigh_overlap: bool = False,
     **options: Any,
 ) -> Any:
     """Adds LoGo to a BYOL, MoCo or SimSiam model in lightly's style.
@@ -65,6 +67,8 @@ def wrap(
         global_crops: How many of the views are global; they come first.
         concat_local_crops: Forward all local crops as one batch. Faster on small crops, but their
             BatchNorm statistics are then shared.
+        weigh_overlap: Multiply the repulsion of two local crops by 1 - IoU of their boxes. Needs
+            `MultiCropCollate(return_boxes=True)`; a plain module takes them as `model(views, boxes)`.
         **options: Options of `LoGoLoss`, except `similarity`: the model's criterion serves.
 
     Returns:
@@ -75,7 +79,9 @@ def wrap(
         ValueError: If a part is missing; the message names the option that helps.
     """
     _check_names(options)
-    settings = _Settings(online, target, criterion, projector, global_crops, concat_local_crops)
+    if not isinstance(global_crops, int) or global_crops < 2:
+        raise ValueError(f"global_crops must be an integer >= 2, got {global_crops!r}.")
+    settings = _Settings(online, target, criterion, projector, global_crops, concat_local_crops, weigh_overlap)
     base: Any = x if inspect.isclass(x) else type(x)
     if issubclass(base, _LoGo):
         raise ValueError(f"{base.__name__} is wrapped already.")
@@ -100,6 +106,7 @@ class _Settings:
     projector: str | None
     global_crops: int
     concat_local_crops: bool
+    weigh_overlap: bool
 
 
 class _Observed(NamedTuple):
@@ -134,9 +141,10 @@ class _LoGo(nn.Module):
         affinity = copy.deepcopy(config["affinity"])
         if affinity == "auto":
             affinity = Affinity(_width(_heads(self, settings.projector).projector))
-        self.logo_settings = replace(settings, criterion=settings.criterion or _find_criterion(self))
-        self.logo_terms = None
+        settings = replace(settings, criterion=settings.criterion or _find_criterion(self))
+        _resolve(self, settings.criterion)
         self.logo = LoGoLoss(affinity=affinity, **config["options"]).to(next(self.parameters()).device)
+        self.logo_settings, self.logo_terms = settings, None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickled by the user's own class unless that name now means the wrapped class (a decorator).
@@ -157,8 +165,9 @@ class _LightningLoGo(_LoGo):
         views = _views(batch, self.logo_settings.global_crops)
         step = super().training_step  # type: ignore[misc]
         count = self.logo_settings.global_crops
-        trimmed = type(batch)([views[:count], *batch[1:]])
-        out, terms = _logo_step(self, partial(step, trimmed, *args, **kwargs), views)
+        boxes = next((item for item in batch if isinstance(item, CropBoxes)), None)
+        trimmed = type(batch)([views[:count], *(item for item in batch[1:] if item is not boxes)])
+        out, terms = _logo_step(self, partial(step, trimmed, *args, **kwargs), views, boxes)
         if terms is not None and _has_trainer(self):
             logged = {f"logo/{name}": value for name, value in terms._asdict().items() if name != "total"}
             self.log_dict(logged, batch_size=len(views[0]))  # type: ignore[operator]
@@ -182,7 +191,7 @@ class _PlainLoGo(_LoGo):
         if not isinstance(x, (list, tuple)):
             return super().forward(x, *args, **kwargs)
         views = _views([x], self.logo_settings.global_crops)
-        out, _ = _logo_step(self, partial(_plain_step, self, views[: self.logo_settings.global_crops]), views)
+        out, _ = _logo_step(self, partial(_plain_step, self, views), views, *args, **kwargs)
         self._warn_if_affinity_rests()
         return out
 
@@ -200,9 +209,16 @@ class _PlainLoGo(_LoGo):
             )
 
 
-def _logo_step(model: _LoGo, step: Callable[[], Any], views: Sequence[Tensor]) -> tuple[Any, LoGoTerms | None]:
+def _logo_step(
+    model: _LoGo, step: Callable[[], Any], views: Sequence[Tensor], boxes: CropBoxes | None = None
+) -> tuple[Any, LoGoTerms | None]:
     """Runs the host's step on the global crops and adds LoGo's terms to its loss."""
     settings = model.logo_settings
+    overlap = None
+    if settings.weigh_overlap:
+        if not isinstance(boxes, CropBoxes):
+            raise ValueError("weigh_overlap=True needs the crops' boxes: use MultiCropCollate(return_boxes=True).")
+        overlap = crop_overlap(boxes.boxes[settings.global_crops :])
     criterion = _resolve(model, settings.criterion)
     with _observe(criterion) as calls:
         out = step()
@@ -232,6 +248,7 @@ def _logo_step(model: _LoGo, step: Callable[[], Any], views: Sequence[Tensor]) -
         local_proj=local_proj,
         scale=scale,
         similarity=observed.similarity,
+        local_overlap=overlap,
     )
     model.logo_terms = LoGoTerms(*(term.detach() for term in terms))
     return ({**out, "loss": terms.total} if isinstance(out, dict) else terms.total), model.logo_terms
@@ -445,7 +462,9 @@ def _call(model: nn.Module, method: str | Callable[[Tensor], Any], images: Tenso
 def _resolve(model: nn.Module, criterion: str | nn.Module | None) -> nn.Module:
     found = getattr(model, criterion, None) if isinstance(criterion, str) else criterion
     if not isinstance(found, nn.Module):
-        raise ValueError(f"criterion={criterion!r} is not a loss module of {type(model).__name__}.")
+        raise ValueError(
+            f"criterion={criterion!r} is neither a loss module nor the name of one of {type(model).__name__}."
+        )
     return found
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import logo_plugin
 from logo_plugin import Affinity, MultiCropCollate, wrap
+from logo_plugin.crops import crop_overlap
 
 pytestmark = [
     # Lightning's advice on data loaders and loggers, and what it does to torch, is not what is tested here.
@@ -23,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:Memory bank size:UserWarning"),
+    pytest.mark.filterwarnings("ignore:(The high-level building block|SymNegCosine):Warning"),
 ]
 STYLES = pytest.mark.parametrize("cls", hosts.LIGHTNING.values(), ids=hosts.LIGHTNING)
 CIFAR = MultiCropCollate.cifar10()
@@ -181,6 +183,41 @@ class TestTerms:
             for concat in (False, True)
         ]
         torch.testing.assert_close(*losses)
+
+
+class TestOverlap:
+    """Repulsion weighed by crop overlap, with the boxes that the collate gives."""
+
+    def test_boxes_reach_the_loss(self, tmp_path):
+        collate = MultiCropCollate.cifar10(return_boxes=True)
+        whole = collate(tiles(8))
+        overlap = crop_overlap(whole[-1].boxes[2:])
+        model = wrap(hosts.TutorialMoCo(), weigh_overlap=True)  # unpacks its batch: no boxes for it
+        reference = wrap(hosts.TutorialMoCo())
+        reference.load_state_dict(model.state_dict())
+        seen = []
+        extend = model.logo.extend
+        model.logo.extend = lambda *args, **kwargs: seen.append(kwargs["local_overlap"]) or extend(*args, **kwargs)
+        model.training_step(whole, 0)
+        assert torch.equal(seen[0], overlap)
+        assert model.logo_terms.local_local < reference_local_local(reference, whole)
+        trainer(tmp_path, epochs=1).fit(wrap(hosts.BYOL(), weigh_overlap=True), loader(collate=collate))
+
+    def test_plain_module_takes_boxes(self):
+        views, _, boxes = MultiCropCollate.cifar10(return_boxes=True)(tiles(8))
+        model = wrap(hosts.PlainSimSiam(), criterion=NegativeCosineSimilarity(), weigh_overlap=True)
+        assert model(views, boxes).isfinite()
+        with pytest.raises(ValueError, match="return_boxes=True"):
+            model(views)
+
+    def test_boxes_are_not_needed(self):
+        whole = MultiCropCollate.cifar10(return_boxes=True)(tiles(8))
+        assert wrap(hosts.TutorialMoCo()).training_step(whole, 0).isfinite()
+
+
+def reference_local_local(model, whole):
+    model.training_step(whole, 0)
+    return model.logo_terms.local_local
 
 
 class TestRouting:
@@ -462,6 +499,9 @@ class TestErrors:
             (hosts.BYOL, {"zzz": 1}, TypeError, r"unknown option 'zzz'\. Options: affinity, "),
             (hosts.BYOL, {"similarity": "cosine"}, TypeError, r"unknown option 'similarity'"),
             (hosts.BYOL, {"local_weight": -1}, ValueError, r"local_weight must be a finite number >= 0, got -1"),
+            (hosts.BYOL, {"criterion": "loss"}, ValueError, r"criterion='loss' is neither a loss module nor"),
+            (hosts.BYOL, {"affinity": 16}, ValueError, r"affinity must be a module .*got 16"),
+            (hosts.BYOL, {"global_crops": 1}, ValueError, r"global_crops must be an integer >= 2, got 1"),
             (hosts.BYOL, {"projector": "head"}, ValueError, r"BYOL has no head, .*projector='...'"),
         ],
     )

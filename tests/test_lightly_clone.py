@@ -124,3 +124,29 @@ assert model.logo_terms.total.isfinite()
 print("done", model.logo_terms)
 """
     assert "done" in run(PREPARE.format(here=str(Path(__file__).parent)) + source, tmp_path)
+
+
+@pytest.mark.parametrize(("file", "cls"), [("byol.py", "BYOL"), ("mocov2.py", "MoCoV2")])
+def test_imagenet_benchmark_trains_and_resumes(file, cls, tmp_path):
+    """The benchmarks' ResNet-50 classes: own parameter groups, LARS, online classifier, shuffled keys.
+
+    Ten epochs of one step, since their schedule warms up for ten.
+    """
+    source = Path(ROOT, "benchmarks", "imagenet", "resnet50", file).read_text()
+    source += f"""
+import pytorch_lightning as pl
+from logo_plugin import MultiCropCollate, wrap
+make = {cls}
+{cls} = lambda: make(batch_size_per_device=8, num_classes=10)
+model = wrap({cls}())
+dataloader = torch.utils.data.DataLoader(tiles(8), batch_size=8, collate_fn=MultiCropCollate.cifar10())
+trainer = pl.Trainer(max_epochs=10, devices=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+trainer.fit(model, dataloader)
+names = [group["name"] for group in trainer.optimizers[0].param_groups]
+sizes = [len(group["params"]) for group in trainer.optimizers[0].param_groups]
+bare = [len(group["params"]) for group in make.configure_optimizers(model)[0][0].param_groups]
+assert len(names) == 3 and [a - b for a, b in zip(sizes, bare)] == [0, len(list(model.logo.parameters())), 0]
+"""
+    source += FINISH.format(cls=cls, epochs=10, checkpoint=str(tmp_path / "last.ckpt"))
+    out = run(PREPARE.format(here=str(Path(__file__).parent)) + source, tmp_path)
+    assert "resumed at epoch 10" in out

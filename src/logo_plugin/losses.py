@@ -156,7 +156,7 @@ class LoGoLoss(nn.Module):
         local_proj: Views | None = None,
         local_overlap: Tensor | None = None,
         scale: float | Tensor = 1.0,
-        similarity: Similarity | None = None,
+        similarity: Similarity | Sequence[Similarity] | None = None,
     ) -> LoGoTerms:
         """Adds LoGo's local terms to a loss that a host framework computed on the global crops.
 
@@ -171,7 +171,8 @@ class LoGoLoss(nn.Module):
             local_proj: As in `forward`.
             local_overlap: As in `forward`.
             scale: What the host multiplies its mean similarity with; LoGo's pairs get the same.
-            similarity: Replaces `self.similarity` for this call (a queue changes every step).
+            similarity: Replaces `self.similarity` for this call (a queue changes every step); a sequence
+                has one for each target.
 
         Returns:
             `LoGoTerms`; `total` is `host_loss` itself when there are no local crops.
@@ -179,8 +180,9 @@ class LoGoLoss(nn.Module):
         Raises:
             ValueError: As in `forward`.
         """
-        similarity = similarity or self.similarity
         preds, targets = _views("local_pred", local_pred), _views("global_target", global_target)
+        if not isinstance(similarity, Sequence):
+            similarity = [similarity or self.similarity] * len(targets)
         zero = global_global.new_zeros(())
         if not preds:
             if self.affinity is not None:
@@ -190,7 +192,9 @@ class LoGoLoss(nn.Module):
                 )
             return LoGoTerms(host_loss, global_global, zero, zero, zero)
         _same_shape("local_pred", preds, "global_target", targets)
-        local_global = torch.stack([similarity(pred, target.detach()) for pred in preds for target in targets]).mean()
+        local_global = torch.stack(
+            [score(pred, t.detach()) for pred in preds for score, t in zip(similarity, targets, strict=True)]
+        ).mean()
         pairs = self.local_global_weight * len(preds) * len(targets)
         if self.reduction == "pairs":
             fraction = pairs / (global_pairs + pairs)
@@ -289,7 +293,7 @@ def local_local_loss(
             f"{len(local_proj)} local crops, got {tuple(overlap.shape)}. crop_overlap(boxes) gives it."
         )
     frozen = {name: parameter.detach() for name, parameter in affinity.named_parameters()}
-    logits: Tensor = functional_call(affinity, frozen, (local_proj[first], local_proj[second]))
+    logits: Tensor = functional_call(affinity, frozen, (first, second))
     repelled = F.softplus(logits) if repulsion == "softplus" else logits
     return (repelled if overlap is None else (1 - overlap.to(repelled)) * repelled).mean()
 
@@ -315,7 +319,7 @@ def affinity_loss(
     Returns:
         Scalar; its gradient reaches the parameters of `affinity` only.
     """
-    z = local_proj.detach()
+    z = full_precision(local_proj.detach())
     first, second = _pairs(z, permutations if form == "logistic" else combinations)
     n = z.shape[1]
     if partner is None:
@@ -324,8 +328,8 @@ def affinity_loss(
     if not isinstance(noise, Tensor):
         noise = noise * torch.randn(2, *z.shape[1:], device=z.device, dtype=z.dtype)
     logits: Tensor = affinity(
-        torch.cat([z[first] + noise[0], z[first]]),
-        torch.cat([z[second] + noise[1], z[second][:, partner]]),
+        torch.cat([first + noise[0], first]),
+        torch.cat([second + noise[1], second[:, partner]]),
     )
     positive, negative = logits.chunk(2)
     if form == "logistic":
@@ -333,9 +337,11 @@ def affinity_loss(
     return negative.mean() - positive.mean()
 
 
-def _pairs(views: Tensor, pairing: Callable[[range, int], Iterable[tuple[int, ...]]]) -> tuple[list[int], list[int]]:
-    pairs = list(pairing(range(len(views)), 2))
-    return [i for i, _ in pairs], [j for _, j in pairs]
+def _pairs(views: Tensor, pairing: Callable[[range, int], Iterable[tuple[int, ...]]]) -> list[Tensor]:
+    """First and second members of the pairs of views, each (P, N, D); stacked, since indexing is slow backward."""
+    each = views.unbind(0)
+    sides = zip(*pairing(range(len(each)), 2), strict=True)
+    return [torch.stack([each[i] for i in side]) for side in sides]
 
 
 def _capped_weight(pull: Tensor, local_local: Tensor, proj: Sequence[Tensor], ratio: float) -> Tensor:
@@ -345,7 +351,7 @@ def _capped_weight(pull: Tensor, local_local: Tensor, proj: Sequence[Tensor], ra
         gradients: Sequence[Tensor | None] = [None]
         if term.requires_grad and all(z.requires_grad for z in proj):
             # Times N: the gradient of one image does not underflow in half precision, the ratio stays.
-            n = term.new_tensor(proj[0].shape[-2])
+            n = term.new_full((), proj[0].shape[-2])
             gradients = torch.autograd.grad(term, proj, n, retain_graph=True, allow_unused=True)
         found = [full_precision(gradient).norm() for gradient in gradients if gradient is not None]
         if len(found) < len(proj):

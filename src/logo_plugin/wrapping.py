@@ -1,6 +1,7 @@
 """`wrap`: finds the adapter for what it is given."""
 
 import inspect
+import sys
 from typing import Any, TypeVar
 
 from torch import nn
@@ -17,7 +18,9 @@ def wrap(x: T, **options: Any) -> T:
     Args:
         x: A BYOL, MoCo or SimSiam model as lightly's examples and benchmarks write them: a
             LightningModule or plain `nn.Module`, the instance or its class (also as a decorator).
-        **options: Options of the adapter (`logo_plugin.adapters.lightly.wrap`) and of `LoGoLoss`.
+            Or the class of a solo-learn method.
+        **options: Options of the adapter (`logo_plugin.adapters.lightly.wrap`) and of `LoGoLoss`; for a
+            solo-learn method those of `logo_plugin.adapters.solo.wrap`.
 
     Returns:
         The same instance, wrapped in place; or, for a class, a subclass of it.
@@ -32,6 +35,11 @@ def wrap(x: T, **options: Any) -> T:
             f"wrap() expects a torch.nn.Module (or LightningModule), or such a class, got {x!r}. "
             "For your own training loop use LoGoLoss directly."
         )
+    solo_base = getattr(sys.modules.get("solo.methods.base"), "BaseMethod", None)
+    if solo_base is not None and issubclass(cls, solo_base):
+        from logo_plugin.adapters import solo
+
+        return solo.wrap(x, **options)  # type: ignore[arg-type, return-value]
     from logo_plugin.adapters import lightly
 
     return lightly.wrap(x, **options)  # type: ignore[no-any-return]

@@ -1,0 +1,343 @@
+"""solo-learn (https://github.com/vturrisi/solo-learn): its methods with LoGo, as `method=logo_byol` and so on.
+
+Importing this module registers them with solo-learn. Each is solo-learn's own class, whose unmodified
+training step runs on the two global crops; the local crops and LoGo's terms come on top.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from solo import methods
+from solo.losses.byol import byol_loss_func
+from solo.losses.mocov2plus import mocov2plus_loss_func
+from solo.losses.mocov3 import mocov3_loss_func
+from solo.losses.simsiam import simsiam_loss_func
+from solo.methods.base import BaseMethod, BaseMomentumMethod
+from solo.utils.knn import WeightedKNNClassifier
+from torch import Tensor
+from torchmetrics import Metric
+
+from logo_plugin.affinity import Affinity, full_precision
+from logo_plugin.losses import LoGoLoss, Similarity
+
+# method_kwargs.logo.*: the affinity's own keys, and every keyword of LoGoLoss that a config can hold.
+OPTIONS: dict[str, Any] = {"affinity": True, "affinity_hidden_dim": 256} | {
+    name: parameter.default
+    for name, parameter in inspect.signature(LoGoLoss).parameters.items()
+    if name not in ("affinity", "similarity")
+}
+_SIZE_HINTS = {"vit": "+backbone.kwargs.dynamic_img_size=True", "swin": "+backbone.kwargs.strict_img_size=False"}
+
+
+class Outputs(NamedTuple):
+    """Where a method keeps what LoGo needs, as in `wrap`.
+
+    `similarity` is called with the model before each of its steps, and gives one loss or one per target.
+    """
+
+    pred: str
+    target: str
+    proj: str
+    scale: float
+    similarity: Callable[[Any], Similarity | list[Similarity]]
+
+
+class LoGoMethod(BaseMethod):
+    """What a LoGo method adds to solo-learn's; stands before it in the method resolution order."""
+
+    outputs: Outputs
+    num_small_crops: int
+
+    def __init__(self, cfg: DictConfig) -> None:
+        super().__init__(cfg)
+        options = dict(cfg.method_kwargs.logo)
+        with_affinity, hidden_dim = options.pop("affinity"), options.pop("affinity_hidden_dim")
+        dim = self._dry_run(cfg)
+        self.logo = LoGoLoss(affinity=Affinity(dim, hidden_dim) if with_affinity else None, **options)
+        # solo-learn's own step sees two crops; the local ones are LoGo's.
+        self.num_local_crops: int = self.num_small_crops
+        self.num_crops, self.num_small_crops, self.multicrop = self.num_large_crops, 0, False
+
+    @classmethod
+    def add_and_assert_specific_cfg(cls, cfg: DictConfig) -> DictConfig:
+        """Adds and checks `method_kwargs.logo`, and puts what it says into the run's name.
+
+        Args:
+            cfg: solo-learn's config.
+
+        Returns:
+            The same config.
+
+        Raises:
+            ValueError: If an option is unknown or out of its range, or there are too few crops.
+        """
+        cfg = super().add_and_assert_specific_cfg(cfg)
+        given = cfg.method_kwargs.get("logo")
+        options = _checked(OmegaConf.to_container(given) if OmegaConf.is_config(given) else given or {})
+        cfg.method_kwargs.logo = options
+        if cfg.data.num_large_crops != 2:
+            raise ValueError(f"LoGo needs 2 global crops, got data.num_large_crops={cfg.data.num_large_crops}.")
+        needed = 2 if options["affinity"] else 1
+        if cfg.data.num_small_crops < needed:
+            raise ValueError(
+                f"LoGo needs at least {needed} local crops, got data.num_small_crops={cfg.data.num_small_crops}. "
+                "Choose augmentations=logo_imagenet, logo_cifar, logo_stl10 or logo_custom; in your own list, "
+                "solo-learn counts a crop as local when its crop_size differs from the first one's ([32, 32] and "
+                "32 differ)."
+            )
+        # AutoResumer compares runs by name, not by method_kwargs.
+        suffix = _name_suffix(options)
+        if "name" in cfg and not str(cfg.name).endswith(suffix):
+            cfg.name = f"{cfg.name}{suffix}"
+        return cfg
+
+    def _dry_run(self, cfg: DictConfig) -> int:
+        """Forwards one image of each size; returns the width of the projection."""
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        for size in [crop.crop_size for crop in cfg.get("augmentations") or []] or [224]:
+            height, width = size if isinstance(size, (list, tuple, ListConfig)) else (size, size)
+            try:
+                with torch.no_grad():
+                    found = self(torch.zeros(1, 3, height, width))
+            except (AssertionError, RuntimeError, ValueError) as error:
+                reason = str(error).rstrip(".")
+                hint = _SIZE_HINTS.get(cfg.backbone.name.split("_")[0], "local crops of the global crops' size")
+                raise ValueError(
+                    f"backbone {cfg.backbone.name} can't take crops of {height} x {width} pixels: {reason}. "
+                    f"Try {hint}, or a backbone that takes any size, such as resnet18."
+                ) from error
+        for module, mode in modes.items():
+            module.training = mode
+        return int(_output(found, self.outputs.proj, "proj").shape[-1])
+
+    @property
+    def learnable_params(self) -> list[dict[str, Any]]:
+        """solo-learn's parameter groups, and one for the affinity."""
+        group = {"name": "affinity", "params": list(self.logo.parameters()), "weight_decay": 0}
+        stock: list[dict[str, Any]] = super().learnable_params
+        return [*stock, group] if group["params"] else stock
+
+    def training_step(self, batch: list[Any], batch_idx: int) -> Tensor:
+        """The method's own step on the global crops, plus LoGo's terms.
+
+        Args:
+            batch: `[indexes, [crops], targets]`, global crops first.
+            batch_idx: Passed on.
+
+        Returns:
+            The loss.
+        """
+        indexes, crops, targets = batch
+        if len(crops) != self.num_large_crops + self.num_local_crops:
+            raise ValueError(
+                f"expected {self.num_large_crops} global and {self.num_local_crops} local crops, got {len(crops)}."
+            )
+        similarity = self.outputs.similarity(self)  # before the step: it replaces keys of the queue
+        host_loss = super().training_step([indexes, crops[: self.num_large_crops], targets], batch_idx)
+        found = self.__dict__.pop("_captured", None)
+        if found is None or not isinstance(host_loss, Tensor):
+            raise TypeError(
+                "LoGo needs a training_step that calls super().training_step() and returns the loss as a tensor; "
+                f"{type(self).__name__}'s {'does not call it' if found is None else 'returns no tensor'}."
+            )
+        local = [self(crop) for crop in crops[self.num_large_crops :]]
+        terms = self.logo.extend(
+            host_loss,
+            global_global=host_loss / self.outputs.scale,
+            global_pairs=2,
+            global_target=_output(found, self.outputs.target, "target"),
+            local_pred=[_output(out, self.outputs.pred, "pred") for out in local],
+            local_proj=[_output(out, self.outputs.proj, "proj") for out in local],
+            scale=self.outputs.scale,
+            similarity=similarity,
+        )
+        metrics = {f"train_{name}": value.detach() for name, value in terms._asdict().items() if name != "total"}
+        self.log_dict(metrics, on_epoch=True, sync_dist=True)
+        total: Tensor = terms.total + found["class_loss"]
+        return total
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Drops the scheduler's self-referencing `get_lr` (methods with a static learning rate).
+
+        It makes resuming and `main_linear.py` fail, and is set anew by `configure_optimizers`.
+        """
+        super().on_save_checkpoint(checkpoint)
+        for scheduler in checkpoint.get("lr_schedulers", []):
+            scheduler.pop("get_lr", None)
+
+
+class _Neighbours(BaseMethod):
+    """NNBYOL and NNSiam: the targets are the nearest neighbours that the method looks up in its queue."""
+
+    def find_nn(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = super().find_nn(z)
+        self.__dict__.get("_captured", {}).setdefault("neighbours", []).append(found[1])
+        return found
+
+
+def wrap(
+    method: type,
+    *,
+    pred: str | None = None,
+    target: str | None = None,
+    proj: str | None = None,
+    scale: float | None = None,
+    similarity: Similarity | None = None,
+) -> type:
+    """Gives the LoGo class of a solo-learn method.
+
+    Args:
+        method: A class of `solo.methods`, a subclass of one, or your own subclass of `BaseMethod` or
+            `BaseMomentumMethod`: then name its outputs.
+        pred: Key of the online prediction in what `forward` returns.
+        target: Key of the stop-gradient target in what the base's `training_step` returns.
+        proj: Key of the projection that the affinity compares, as `pred` (default: `pred` itself).
+        scale: What the method multiplies its mean similarity with: 2 for a sum over both directions,
+            1 (default) for their mean.
+        similarity: The method's similarity loss, (pred, target) -> scalar.
+
+    Returns:
+        The class. LoGo's options are read from `cfg.method_kwargs.logo`. Assign it to the name
+        `LoGo<method's name>` in the method's module if it is to be pickled, and add it to
+        `solo.methods.METHODS` to choose it as `method=`.
+
+    Raises:
+        TypeError: If `method` is no solo-learn method class, or its outputs are not known.
+    """
+    if not inspect.isclass(method) or not issubclass(method, BaseMethod):
+        raise TypeError(f"wrap() takes a solo-learn method class such as solo.methods.BYOL, got {method!r}.")
+    constant = None if similarity is None else lambda model: similarity
+    given: dict[str, Any] = dict(pred=pred, target=target, proj=proj, scale=scale, similarity=constant)
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given and (method in _KNOWN or issubclass(method, LoGoMethod)):
+        return _KNOWN.get(method, method)  # type: ignore[no-any-return]
+    parent = next((_KNOWN[base] for base in method.__mro__ if base in _KNOWN), None)
+    if parent is None:
+        missing = [name for name in ("pred", "target", "similarity") if name not in given]
+        if missing:
+            raise TypeError(
+                f"{method.__name__} is not one of {[known.__name__ for known in _KNOWN]}: "
+                f"tell wrap() its {', '.join(missing)}, as in wrap({method.__name__}, "
+                'pred="p", target="momentum_z", proj="z", scale=2.0, similarity=loss_function).'
+            )
+        return _logo_class(method, Outputs(**{"proj": pred, "scale": 1.0} | given))
+    mixins = (_Neighbours,) if issubclass(parent, _Neighbours) else ()
+    return _logo_class(method, parent.outputs._replace(**given), *mixins)
+
+
+def _logo_class(method: type, outputs: Outputs, *mixins: type, module: str | None = None) -> type:
+    base = BaseMomentumMethod if issubclass(method, BaseMomentumMethod) else BaseMethod
+
+    class Capture(base):  # type: ignore[misc, valid-type]
+        """Stands between the method and its base: keeps what the base's step returns."""
+
+        def training_step(self, batch: list[Any], batch_idx: int) -> dict[str, Any]:
+            outputs: dict[str, Any] = super().training_step(batch, batch_idx)
+            # The method adds this loss to its own; LoGo does so after weighting the method's.
+            class_loss = outputs["loss"]
+            self.__dict__["_captured"] = outputs
+            outputs.update(class_loss=class_loss, loss=torch.zeros_like(class_loss))
+            return outputs
+
+    namespace = {"outputs": outputs, "__module__": module or method.__module__, "__doc__": f"{method.__name__}, LoGo."}
+    return type(f"LoGo{method.__name__}", (*mixins, LoGoMethod, method, Capture), namespace)
+
+
+def _checked(given: Any) -> dict[str, Any]:
+    """All options with their defaults."""
+    if not isinstance(given, dict):
+        raise ValueError(f"method_kwargs.logo must be a mapping of options, got {given!r}.")
+    for name in given:
+        if name not in OPTIONS:
+            nearest = difflib.get_close_matches(str(name), OPTIONS, n=1, cutoff=0)[0]
+            raise ValueError(
+                f"unknown option method_kwargs.logo.{name}; did you mean method_kwargs.logo.{nearest}? "
+                f"There are {', '.join(OPTIONS)}."
+            )
+    options = OPTIONS | given
+    if not isinstance(options["affinity"], bool):
+        raise ValueError(f"method_kwargs.logo.affinity must be true or false, got {options['affinity']!r}.")
+    try:
+        LoGoLoss(**{name: options[name] for name in options if name not in ("affinity", "affinity_hidden_dim")})
+    except ValueError as error:
+        raise ValueError(f"method_kwargs.logo: {error}") from error
+    return options
+
+
+def _name_suffix(options: Mapping[str, Any]) -> str:
+    """Every option that is not at its default, and lambda always."""
+    differing = {name: value for name, value in options.items() if value != OPTIONS[name]}
+    if "gradient_ratio" not in differing and options["affinity"]:
+        weight = LoGoLoss(local_weight=differing.pop("local_weight", None)).local_weight
+        differing = {"lambda": f"{weight:g}"} | differing
+    return "-logo" + "".join(f"-{name}{value}" for name, value in differing.items())
+
+
+def _output(found: Mapping[str, Any], key: str, name: str) -> Any:
+    if key not in found:
+        raise ValueError(f'{name}="{key}" is not an output of this method; it has {", ".join(sorted(found))}.')
+    return found[key]
+
+
+def _exact(similarity: Callable[..., Tensor], **options: Any) -> Similarity:
+    """solo-learn's similarity in float32 under autocast."""
+
+    def exact(pred: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast(pred.device.type, enabled=False):
+            return similarity(full_precision(pred), full_precision(target), **options)
+
+    return exact
+
+
+_KNOWN: dict[type, Any] = {}
+
+
+def _known(method: type, *outputs: Any, mixins: tuple[type, ...] = ()) -> Any:
+    _KNOWN[method] = _logo_class(method, Outputs(*outputs), *mixins, module=__name__)
+    return _KNOWN[method]
+
+
+def _queues(model: Any) -> list[Similarity]:
+    return [_exact(mocov2plus_loss_func, queue=q, temperature=model.temperature) for q in model.queue.clone()]
+
+
+def _in_batch(model: Any) -> Similarity:
+    return _exact(mocov3_loss_func, temperature=model.temperature)
+
+
+LoGoBYOL = _known(methods.BYOL, "p", "momentum_z", "z", 2.0, lambda model: _exact(byol_loss_func))
+LoGoSimSiam = _known(methods.SimSiam, "p", "z", "z", 1.0, lambda model: _exact(simsiam_loss_func))
+LoGoMoCoV2Plus = _known(methods.MoCoV2Plus, "z", "momentum_z", "z", 1.0, _queues)
+LoGoMoCoV3 = _known(methods.MoCoV3, "q", "momentum_k", "z", 2.0, _in_batch)
+LoGoNNBYOL = _known(methods.NNBYOL, "p", "neighbours", *LoGoBYOL.outputs[2:], mixins=(_Neighbours,))
+LoGoNNSiam = _known(methods.NNSiam, "p", "neighbours", *LoGoSimSiam.outputs[2:], mixins=(_Neighbours,))
+
+
+class _KNNMetric(Metric):
+    """Takes the argument that torchmetrics dropped in 0.12 and solo-learn still gives."""
+
+    def __init__(self, *, compute_on_step: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+
+
+def _stock_backbone(build: Callable[..., Any], method: str, **options: Any) -> Any:
+    """solo-learn picks ViT variants by the method's name."""
+    return build(str(method).removeprefix("logo_"), **options)
+
+
+def _register() -> None:
+    backbones = BaseMethod._BACKBONES  # also what main_linear.py reads
+    backbones.update({name: partial(_stock_backbone, build) for name, build in backbones.items()})
+    if WeightedKNNClassifier.__bases__ == (Metric,):
+        WeightedKNNClassifier.__bases__ = (_KNNMetric,)
+    names = {cls: name for name, cls in methods.METHODS.items()}
+    methods.METHODS.update({f"logo_{names[method]}": logo for method, logo in _KNOWN.items()})
+
+
+_register()

@@ -1,0 +1,1 @@
+"""Found by Hydra; see `search_path`."""

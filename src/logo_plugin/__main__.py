@@ -1,0 +1,130 @@
+"""`python -m logo_plugin [lightly] [solo] [timm]`: what is installed, what fits, and what to do about the rest."""
+
+import argparse
+import importlib.util
+import os
+import pkgutil
+import platform
+import re
+import sys
+import warnings
+from importlib import metadata
+from pathlib import Path
+
+import logo_plugin
+
+HOSTS = ("lightly", "solo", "timm")
+SHOWN = ("torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "lightly", "timm")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the report.
+
+    Args:
+        arguments: Hosts that must work; the command line by default.
+
+    Returns:
+        1 if the core, or a host asked for, can't work; else 0.
+    """
+    parser = argparse.ArgumentParser(prog="python -m logo_plugin", description=__doc__.split(": ", 1)[1])
+    parser.add_argument("hosts", nargs="*", metavar="host", help=f"must work: {', '.join(HOSTS)}")
+    asked = parser.parse_args(arguments).hosts
+    if unknown := sorted(set(asked) - set(HOSTS)):
+        parser.error(f"unknown host {', '.join(unknown)}; there are {', '.join(HOSTS)}")
+
+    print(f"{'logo_plugin':14}{logo_plugin.__version__}  {Path(logo_plugin.__file__).parent}")
+    print(f"{'python':14}{platform.python_version()}")
+    for name in SHOWN:
+        print(f"{name:14}{_version(name) or 'not installed'}")
+    root = _solo_root()
+    print(f"{'solo-learn':14}{f'{_solo_version(root)}  {root}' if root else 'not found'}")
+    failed = bool(_report("core", _misfits(None)))
+    for host in HOSTS:
+        problems = _misfits(host)
+        methods: list[str] = []
+        if host == "solo":
+            if root is None:
+                problems.append(
+                    "solo-learn is used from a clone: git clone https://github.com/vturrisi/solo-learn, then run "
+                    "this there or with SOLO_LEARN_ROOT=<the clone>"
+                )
+            elif not problems:
+                methods, problems = _solo_methods()
+        elif not problems:
+            methods = {"lightly": ["wrap() for BYOL, MoCo and SimSiam models"], "timm": ["backbones"]}[host]
+        failed |= bool(_report(host, problems, methods)) and host in asked
+    return int(failed)
+
+
+def _report(name: str, problems: list[str], methods: list[str] | None = None) -> list[str]:
+    print(f"\n{name}: {'does not work' if problems else 'ok'}{', ' + ', '.join(methods) if methods else ''}")
+    for problem in problems:
+        print(f"  - {problem}")
+    return problems
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _misfits(extra: str | None) -> list[str]:
+    """Compares what is installed with the requirements in this package's own metadata."""
+    if _version("logo-plugin") is None:
+        return [] if extra else ["logo_plugin is not installed, only on the path: pip install . in its folder"]
+    found = []
+    for requirement in metadata.requires("logo-plugin") or []:
+        match = re.match(r'([\w.-]+)(?:>=([\d.]+))?[^;]*(?:;.*extra == ["\'](\w+)["\'])?', requirement)
+        if match is None or match[3] != extra:
+            continue
+        name, least = match[1], match[2] or "0"
+        version = _version(name)
+        if version is None:
+            found.append(f'{name} is not installed: pip install "{name}>={least}"')
+        elif _numbers(version) < _numbers(least):
+            found.append(f'{name} {version} is older than {least}: pip install --upgrade "{name}>={least}"')
+    return found
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def _solo_root() -> Path | None:
+    """Where `import solo` finds solo-learn: SOLO_LEARN_ROOT, the working folder, or what is installed."""
+    if root := os.environ.get("SOLO_LEARN_ROOT"):
+        sys.path.insert(0, root)
+    spec = importlib.util.find_spec("solo")
+    locations = list(spec.submodule_search_locations or []) if spec else []
+    return Path(locations[0]).parent if locations else None
+
+
+def _solo_version(root: Path) -> str:
+    setup = root / "setup.py"
+    match = re.search(r'version="([\d.]+)"', setup.read_text()) if setup.is_file() else None
+    return match[1] if match else _version("solo-learn") or "unknown version"
+
+
+def _solo_methods() -> tuple[list[str], list[str]]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import logo_plugin.adapters.solo  # noqa: F401
+
+            methods = [name for name in sys.modules["solo.methods"].METHODS if name.startswith("logo_")]
+    except Exception as error:
+        return [], [
+            f"solo-learn can't be imported ({type(error).__name__}: {error}): use a clone of its main branch "
+            "(git pull; the package on PyPI is too old) and its requirements (pip install -r requirements.txt)"
+        ]
+    import hydra_plugins
+
+    if not any(module.name == "logo_plugin" for module in pkgutil.iter_modules(hydra_plugins.__path__)):
+        return methods, ["Hydra can't find hydra_plugins/logo_plugin: install logo_plugin again, with pip"]
+    return methods, []
+
+
+if __name__ == "__main__":
+    sys.exit(main())
