@@ -421,5 +421,6 @@ def test_the_example_draws_its_picture(tmp_path, monkeypatch, capsys):
     output = tmp_path / "crops.png"
     monkeypatch.setattr("sys.argv", ["show_crops.py", "--output", str(output), "--local-crops", "3"])
     runpy.run_path(str(Path(__file__).parents[1] / "examples" / "show_crops.py"), run_name="__main__")
-    assert Image.open(output).size[0] > 800
+    with Image.open(output) as picture:
+        assert picture.size[0] > 800
     assert "differ by at most" in capsys.readouterr().out
