@@ -71,6 +71,15 @@ def test_transform_with_torchs_own_collate_gives_the_same_batch():
     assert torch.equal(targets, expected_targets)
 
 
+def test_transform_gives_the_boxes_of_the_collate():
+    options = SMALL | {"return_boxes": True}
+    transform = MultiCropTransform(**options)
+    *views, boxes = seeded(lambda: default_collate([transform(image) for image, _ in tiles(4)]))
+    expected, crops = seeded(MultiCropCollate(**options), [image for image, _ in tiles(4)])
+    assert same(views, expected)
+    assert torch.equal(boxes.transpose(0, 1), crops.boxes)
+
+
 def test_defaults_are_the_papers():
     collate = MultiCropCollate()
     views = collate([tiles(1)[0][0]])[0]

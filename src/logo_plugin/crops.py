@@ -102,6 +102,8 @@ class MultiCropTransform:
         solarize_p: Probability of inverting the pixels >= 128.
         mean: Per channel, subtracted, for images in [0, 1].
         std: Per channel, divided by.
+        return_boxes: Give the crops' boxes too: here as a last item of the list, (V, 4), of which torch's
+            own collate makes (N, V, 4).
 
     Raises:
         ValueError: If an option is out of its range.
@@ -126,6 +128,7 @@ class MultiCropTransform:
     solarize_p: float = 0.0
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    return_boxes: bool = False
 
     def __post_init__(self) -> None:
         for name in ("global_crops", "global_size", "local_size"):
@@ -174,15 +177,17 @@ class MultiCropTransform:
             image: PIL image, uint8 tensor (C, H, W), encoded bytes (JPEG, PNG, WebP, ...) or a path.
 
         Returns:
-            The views, globals first, each (3, size, size), float32, normalised.
+            The views, globals first, each (3, size, size), float32, normalised. With `return_boxes` then
+            their boxes, (V, 4), float32, as (left, top, right, bottom) in pixels of the image.
 
         Raises:
             ValueError: If the image cannot be decoded.
             TypeError: If it is none of these kinds.
         """
         views = self._empty(np.float32)
-        self._render(decode(image), views)
-        return views
+        recipes = self._render(decode(image), views)
+        boxes = torch.tensor([recipe.box for recipe in recipes], dtype=torch.float32)
+        return [*views, boxes] if self.return_boxes else views
 
     def draw(self, width: int, height: int) -> list[Recipe]:
         """Draws what becomes of each view, globals first, from torch's global generator.
@@ -262,7 +267,7 @@ class MultiCropCollate(MultiCropTransform):
         defer: Work left to the device, where it runs when the batch arrives: "normalize" only, or
             "augment" (colour, blur and normalisation; the workers draw the parameters). The views
             then travel as uint8 in a `DeferredViews`. None finishes them in the workers.
-        return_boxes: Append `CropBoxes` to the batch.
+        return_boxes: Append `CropBoxes` to the batch (instead of what `MultiCropTransform` does).
         on_error: What to do with an image that cannot be decoded: "raise", or "skip", which warns
             once per file (and worker) and puts new crops of another image of the batch in its place.
         **options: Those of `MultiCropTransform`.
@@ -276,7 +281,6 @@ class MultiCropCollate(MultiCropTransform):
     """
 
     defer: Literal["normalize", "augment"] | None = None
-    return_boxes: bool = False
     on_error: Literal["raise", "skip"] = "raise"
     _warned: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 

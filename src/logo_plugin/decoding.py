@@ -7,14 +7,15 @@ from io import BytesIO
 from pathlib import Path
 
 import torch
+import torchvision  # noqa: F401, registers torch.ops.image
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode
 
 ImageLike = Image.Image | Tensor | bytes | str | os.PathLike[str]
 
 # Pillow's pixels in three quarters of its time. torchvision has deprecated it: where it is gone, Pillow decodes.
 _decode_jpeg: Callable[[Tensor, int], Tensor] | None = getattr(torch.ops.image, "decode_jpeg", None)
+_RGB = 3  # torchvision.io.ImageReadMode.RGB
 
 
 class UndecodableError(ValueError):
@@ -55,7 +56,7 @@ def decode(image: ImageLike) -> Tensor:
         if _decode_jpeg is not None and image.startswith(b"\xff\xd8"):
             with contextlib.suppress(RuntimeError):  # what it refuses, Pillow judges
                 encoded = torch.frombuffer(bytearray(image), dtype=torch.uint8)
-                return _decode_jpeg(encoded, ImageReadMode.RGB.value).permute(1, 2, 0)
+                return _decode_jpeg(encoded, _RGB).permute(1, 2, 0)
         return _pixels(Image.open(BytesIO(image)))
     # Pillow's decoders raise nearly anything on a damaged file.
     except Exception as error:
