@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from solo import methods
+from solo.data.pretrain_dataloader import FullTransformPipeline
 from solo.losses.byol import byol_loss_func
 from solo.losses.mocov2plus import mocov2plus_loss_func
 from solo.losses.mocov3 import mocov3_loss_func
@@ -23,10 +24,13 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from logo_plugin.affinity import Affinity, full_precision
+from logo_plugin.crops import MultiCropTransform, crop_overlap
+from logo_plugin.decoding import decode
 from logo_plugin.losses import LoGoLoss, Similarity
 
-# method_kwargs.logo.*: the affinity's own keys, and every keyword of LoGoLoss that a config can hold.
-OPTIONS: dict[str, Any] = {"affinity": True, "affinity_hidden_dim": 256} | {
+# method_kwargs.logo.*: the adapter's own keys, and every keyword of LoGoLoss that a config can hold.
+_OWN: dict[str, Any] = {"affinity": True, "affinity_hidden_dim": 256, "fast_crops": False, "weigh_overlap": False}
+OPTIONS: dict[str, Any] = _OWN | {
     name: parameter.default
     for name, parameter in inspect.signature(LoGoLoss).parameters.items()
     if name not in ("affinity", "similarity")
@@ -53,9 +57,11 @@ class _LoGo(BaseMethod):
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
         options = dict(cfg.method_kwargs.logo)
-        with_affinity, hidden_dim = options.pop("affinity"), options.pop("affinity_hidden_dim")
+        own = {name: options.pop(name) for name in _OWN}
+        self.fast_crops, self.weigh_overlap = own["fast_crops"], own["weigh_overlap"]
         dim = self._dry_run(cfg)
-        self.logo = LoGoLoss(affinity=Affinity(dim, hidden_dim) if with_affinity else None, **options)
+        affinity = Affinity(dim, own["affinity_hidden_dim"]) if own["affinity"] else None
+        self.logo = LoGoLoss(affinity=affinity, **options)
         # solo-learn's own step sees two crops; the local ones are LoGo's.
         self.num_local_crops: int = self.num_small_crops
         self.num_crops, self.num_small_crops, self.multicrop = self.num_large_crops, 0, False
@@ -110,9 +116,28 @@ class _LoGo(BaseMethod):
         stock: list[dict[str, Any]] = super().learnable_params
         return [*stock, group] if group["params"] else stock
 
+    def setup(self, stage: str) -> None:
+        """With `fast_crops`, gives the training data logo_plugin's crops in place of solo-learn's."""
+        super().setup(stage)
+        if stage != "fit" or not self.fast_crops:
+            return
+        # Before Lightning iterates over the loader: its workers copy the dataset.
+        source = self.trainer.fit_loop._data_source.instance
+        dataset = getattr(source, "dataset", None)
+        if not isinstance(getattr(dataset, "transform", None), FullTransformPipeline):
+            raise ValueError(
+                "method_kwargs.logo.fast_crops needs solo-learn's own image loading (data.format=image_folder), got "
+                f"{type(source).__name__}. Set method_kwargs.logo.fast_crops=false, or another data.format."
+            )
+        dataset.transform = FastCrops(self.cfg.augmentations, dataset.transform, return_boxes=self.weigh_overlap)
+
     def training_step(self, batch: list[Any], batch_idx: int) -> Tensor:
         """The method's own step on the global crops, plus LoGo's terms; global crops come first in the batch."""
         indexes, crops, targets = batch
+        overlap = None
+        if self.weigh_overlap:
+            *crops, boxes = crops
+            overlap = crop_overlap(boxes[:, self.num_large_crops :].transpose(0, 1))
         if len(crops) != self.num_large_crops + self.num_local_crops:
             raise ValueError(
                 f"expected {self.num_large_crops} global and {self.num_local_crops} local crops, got {len(crops)}."
@@ -135,6 +160,7 @@ class _LoGo(BaseMethod):
             local_proj=[_output(out, self.outputs.proj, "proj") for out in local],
             scale=self.outputs.scale,
             similarity=similarity,
+            local_overlap=overlap,
         )
         metrics = {f"train_{name}": value.detach() for name, value in terms._asdict().items() if name != "total"}
         self.log_dict(metrics, on_epoch=True, sync_dist=True)
@@ -146,6 +172,66 @@ class _LoGo(BaseMethod):
         super().on_save_checkpoint(checkpoint)
         for scheduler in checkpoint.get("lr_schedulers", []):
             scheduler.pop("get_lr", None)
+
+
+class FastCrops:
+    """solo-learn's `augmentations` config through `MultiCropTransform`, each image decoded once.
+
+    Args:
+        augmentations: The config: one pipeline each entry.
+        stock: What solo-learn made of it, for mean and standard deviation.
+        return_boxes: Append the crops' boxes, (V, 4).
+
+    Raises:
+        ValueError: If a pipeline asks for what `MultiCropTransform` cannot do.
+    """
+
+    def __init__(self, augmentations: ListConfig, stock: FullTransformPipeline, *, return_boxes: bool = False) -> None:
+        self.return_boxes = return_boxes
+        self.transforms = []
+        for i, (crop, pipeline) in enumerate(zip(augmentations, stock.transforms, strict=True)):
+            size = {crop.crop_size} if isinstance(crop.crop_size, int) else set(crop.crop_size)
+            refused = {
+                "rrc.enabled=false": not crop.rrc.enabled,
+                "equalization.prob": bool(crop.equalization.prob),
+                "crop_size that is not square": len(size) > 1,
+            }
+            if any(refused.values()):
+                what = ", ".join(name for name, asked in refused.items() if asked)
+                raise ValueError(f"method_kwargs.logo.fast_crops cannot do augmentations.{i}.{what}; set it to false.")
+            normalize = pipeline.transform.transforms[-1]
+            jitter = crop.color_jitter
+            self.transforms.append(
+                MultiCropTransform(
+                    global_crops=crop.num_crops,
+                    local_crops=0,
+                    global_size=size.pop(),
+                    global_scale=(crop.rrc.crop_min_scale, crop.rrc.crop_max_scale),
+                    flip_p=crop.horizontal_flip.prob,
+                    jitter_p=jitter.prob,
+                    **(
+                        {name: jitter[name] for name in ("brightness", "contrast", "saturation", "hue")}
+                        if jitter.prob
+                        else {}
+                    ),
+                    grayscale_p=crop.grayscale.prob,
+                    blur_p=crop.gaussian_blur.prob,
+                    solarize_p=crop.solarization.prob,
+                    mean=tuple(normalize.mean),
+                    std=tuple(normalize.std),
+                    return_boxes=True,
+                )
+            )
+
+    def __call__(self, image: Any) -> list[Tensor]:
+        """Makes the crops of one image, in the order of the pipelines."""
+        pixels = decode(image).permute(2, 0, 1)
+        crops, boxes = [], []
+        for transform in self.transforms:
+            *views, box = transform(pixels)
+            crops += views
+            boxes.append(box)
+        return [*crops, torch.cat(boxes)] if self.return_boxes else crops
 
 
 class _Neighbours(BaseMethod):
@@ -237,10 +323,15 @@ def _checked(given: Any) -> dict[str, Any]:
                 f"There are {', '.join(OPTIONS)}."
             )
     options = OPTIONS | given
-    if not isinstance(options["affinity"], bool):
-        raise ValueError(f"method_kwargs.logo.affinity must be true or false, got {options['affinity']!r}.")
+    for name in ("affinity", "fast_crops", "weigh_overlap"):
+        if not isinstance(options[name], bool):
+            raise ValueError(f"method_kwargs.logo.{name} must be true or false, got {options[name]!r}.")
+    if options["weigh_overlap"] and not options["fast_crops"]:
+        raise ValueError(
+            "method_kwargs.logo.weigh_overlap needs the crops' boxes: set method_kwargs.logo.fast_crops=true."
+        )
     try:
-        LoGoLoss(**{name: options[name] for name in options if name not in ("affinity", "affinity_hidden_dim")})
+        LoGoLoss(**{name: options[name] for name in options if name not in _OWN})
     except ValueError as error:
         raise ValueError(f"method_kwargs.logo: {error}") from error
     return options

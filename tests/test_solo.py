@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from photos import tiles
 
 from logo_plugin import LoGoLoss, wrap
 
@@ -505,6 +506,9 @@ def test_scripts_of_the_clone(tmp_path):
     (first,) = tmp_path.glob("ck/logo_simsiam/*/*-logo-lambda0.0001-*ep=0.ckpt")
     run(*pretrain, "max_epochs=2", f"+resume_from_checkpoint='{first}'")
     (second,) = tmp_path.glob("ck/logo_simsiam/*/*ep=1.ckpt")
+    fast = [*pretrain, "+method_kwargs.logo.fast_crops=true", "+method_kwargs.logo.weigh_overlap=true"]
+    run(*fast, "max_epochs=1", "data.num_workers=1")
+    assert list(tmp_path.glob("ck/logo_simsiam/*/*-fast_cropsTrue-weigh_overlapTrue-*ep=0.ckpt"))
     assert torch.load(second)["global_step"] == 2 * torch.load(first)["global_step"] == 10
     linear = [f"{ROOT}/main_linear.py", "--config-path", f"{ROOT}/scripts/linear/imagenet-100", "--config-name"]
     run(*linear, "simsiam", *common, "max_epochs=1", f"pretrained_feature_extractor='{second}'")
@@ -522,4 +526,85 @@ def test_every_loss_option_is_a_config_option():
     import inspect
 
     keywords = set(inspect.signature(LoGoLoss).parameters) - {"similarity"}
-    assert keywords | {"affinity_hidden_dim"} == set(adapter.OPTIONS)
+    assert keywords | {"affinity_hidden_dim", "fast_crops", "weigh_overlap"} == set(adapter.OPTIONS)
+
+
+def crop_config(**changes):
+    from omegaconf import OmegaConf
+
+    conf = Path(sys.modules["logo_plugin"].__file__).parent / "conf" / "augmentations" / "logo_cifar.yaml"
+    return OmegaConf.merge(OmegaConf.load(conf)[0], changes)
+
+
+def stock_pipeline(crops):
+    import_solo()
+    from solo.data.pretrain_dataloader import FullTransformPipeline, NCropAugmentation, build_transform_pipeline
+
+    return FullTransformPipeline(
+        [NCropAugmentation(build_transform_pipeline("cifar10", c), c.num_crops) for c in crops]
+    )
+
+
+def test_fast_crops_follow_the_config():
+    """Without any chance left in it, a fast crop is solo-learn's crop to a rounding of 8 bits."""
+    _, adapter = import_solo()
+    still = {
+        "rrc": {"crop_min_scale": 1.0, "crop_max_scale": 1.0},
+        "color_jitter": {"prob": 0.0},
+        "grayscale": {"prob": 0.0},
+        "gaussian_blur": {"prob": 0.0},
+        "solarization": {"prob": 1.0},
+        "horizontal_flip": {"prob": 1.0},
+        "num_crops": 2,
+    }
+    crops = [crop_config(**still), crop_config(**(still | {"crop_size": [24, 24], "solarization": {"prob": 0.0}}))]
+    (image, _), *_ = tiles(1)
+    stock = stock_pipeline(crops)
+    fast = adapter.FastCrops(crops, stock, return_boxes=True)
+    *views, boxes = pickle.loads(pickle.dumps(fast))(image)
+    expected = stock(image)
+    assert [v.shape for v in views] == [v.shape for v in expected]
+    # At scale 1 any ratio but 1 overflows the square image, so both fall back to the whole of it.
+    for view, other in zip(views, expected, strict=True):
+        torch.testing.assert_close(view, other, rtol=0, atol=2.01 / 255 / 0.24)
+    assert boxes.tolist() == [[0, 0, 48, 48]] * 4
+    assert len(adapter.FastCrops(crops, stock)(image)) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rrc": {"enabled": False}}, r"cannot do augmentations\.0\.rrc\.enabled=false"),
+        ({"equalization": {"prob": 0.1}}, r"augmentations\.0\.equalization\.prob"),
+        ({"crop_size": [32, 24]}, r"augmentations\.0\.crop_size that is not square"),
+    ],
+)
+def test_fast_crops_refuse_what_they_cannot_do(changes, message):
+    _, adapter = import_solo()
+    crops = [crop_config(**changes)]
+    with pytest.raises(ValueError, match=message):
+        adapter.FastCrops(crops, stock_pipeline(crops))
+
+
+def test_overlap_weighs_the_repulsion():
+    """Local crops at one place are not pushed apart; far apart they are, as without boxes."""
+    *stock, targets = batch()
+    together, apart = torch.tensor([[0.0, 0, 9, 9]]), torch.tensor([[20.0, 20, 29, 29]])
+    found = []
+    for boxes in (None, [together, together], [together, apart]):
+        options = {"local_weight": 1.0} | ({} if boxes is None else {"fast_crops": True, "weigh_overlap": True})
+        model = build("logo_byol", options)
+        logged = {}
+        model.log_dict = lambda metrics, logged=logged, **kwargs: logged.update(metrics)
+        views = list(stock[1])
+        if boxes is not None:
+            views.append(torch.cat([together, together, *boxes]).expand(4, 4, 4))
+        model.training_step([stock[0], views, targets], 0)
+        found.append(logged["train_local_local"])
+    assert found[1] == 0
+    torch.testing.assert_close(found[2], found[0])
+
+
+def test_overlap_needs_boxes():
+    with pytest.raises(ValueError, match=r"weigh_overlap needs the crops' boxes: set method_kwargs\.logo\.fast_crops"):
+        build("logo_byol", {"weigh_overlap": True})
