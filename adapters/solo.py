@@ -34,11 +34,8 @@ OPTIONS: dict[str, Any] = {"affinity": True, "affinity_hidden_dim": 256} | {
 _SIZE_HINTS = {"vit": "+backbone.kwargs.dynamic_img_size=True", "swin": "+backbone.kwargs.strict_img_size=False"}
 
 
-class Outputs(NamedTuple):
-    """Where a method keeps what LoGo needs, as in `wrap`.
-
-    `similarity` is called with the model before each of its steps, and gives one loss or one per target.
-    """
+class _Outputs(NamedTuple):
+    """As in `wrap`, but `similarity` takes the model, before each step, and gives one loss or one per target."""
 
     pred: str
     target: str
@@ -47,10 +44,10 @@ class Outputs(NamedTuple):
     similarity: Callable[[Any], Similarity | list[Similarity]]
 
 
-class LoGoMethod(BaseMethod):
+class _LoGo(BaseMethod):
     """What a LoGo method adds to solo-learn's; stands before it in the method resolution order."""
 
-    outputs: Outputs
+    outputs: _Outputs
     num_small_crops: int
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -65,17 +62,7 @@ class LoGoMethod(BaseMethod):
 
     @classmethod
     def add_and_assert_specific_cfg(cls, cfg: DictConfig) -> DictConfig:
-        """Adds and checks `method_kwargs.logo`, and puts what it says into the run's name.
-
-        Args:
-            cfg: solo-learn's config.
-
-        Returns:
-            The same config.
-
-        Raises:
-            ValueError: If an option is unknown or out of its range, or there are too few crops.
-        """
+        """Adds and checks `method_kwargs.logo`, and puts what it says into the run's name."""
         cfg = super().add_and_assert_specific_cfg(cfg)
         given = cfg.method_kwargs.get("logo")
         options = _checked(OmegaConf.to_container(given) if OmegaConf.is_config(given) else given or {})
@@ -124,15 +111,7 @@ class LoGoMethod(BaseMethod):
         return [*stock, group] if group["params"] else stock
 
     def training_step(self, batch: list[Any], batch_idx: int) -> Tensor:
-        """The method's own step on the global crops, plus LoGo's terms.
-
-        Args:
-            batch: `[indexes, [crops], targets]`, global crops first.
-            batch_idx: Passed on.
-
-        Returns:
-            The loss.
-        """
+        """The method's own step on the global crops, plus LoGo's terms; global crops come first in the batch."""
         indexes, crops, targets = batch
         if len(crops) != self.num_large_crops + self.num_local_crops:
             raise ValueError(
@@ -163,10 +142,7 @@ class LoGoMethod(BaseMethod):
         return total
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Drops the scheduler's self-referencing `get_lr` (methods with a static learning rate).
-
-        It makes resuming and `main_linear.py` fail, and is set anew by `configure_optimizers`.
-        """
+        """Drops the scheduler's `get_lr` of SimSiam and NNSiam: it holds itself, and nothing can load it."""
         super().on_save_checkpoint(checkpoint)
         for scheduler in checkpoint.get("lr_schedulers", []):
             scheduler.pop("get_lr", None)
@@ -215,7 +191,7 @@ def wrap(
     constant = None if similarity is None else lambda model: similarity
     given: dict[str, Any] = dict(pred=pred, target=target, proj=proj, scale=scale, similarity=constant)
     given = {name: value for name, value in given.items() if value is not None}
-    if not given and (method in _KNOWN or issubclass(method, LoGoMethod)):
+    if not given and (method in _KNOWN or issubclass(method, _LoGo)):
         return _KNOWN.get(method, method)  # type: ignore[no-any-return]
     parent = next((_KNOWN[base] for base in method.__mro__ if base in _KNOWN), None)
     if parent is None:
@@ -226,12 +202,12 @@ def wrap(
                 f"tell wrap() its {', '.join(missing)}, as in wrap({method.__name__}, "
                 'pred="p", target="momentum_z", proj="z", scale=2.0, similarity=loss_function).'
             )
-        return _logo_class(method, Outputs(**{"proj": pred, "scale": 1.0} | given))
+        return _logo_class(method, _Outputs(**{"proj": pred, "scale": 1.0} | given))
     mixins = (_Neighbours,) if issubclass(parent, _Neighbours) else ()
     return _logo_class(method, parent.outputs._replace(**given), *mixins)
 
 
-def _logo_class(method: type, outputs: Outputs, *mixins: type, module: str | None = None) -> type:
+def _logo_class(method: type, outputs: _Outputs, *mixins: type, module: str | None = None) -> type:
     base = BaseMomentumMethod if issubclass(method, BaseMomentumMethod) else BaseMethod
 
     class Capture(base):  # type: ignore[misc, valid-type]
@@ -246,7 +222,7 @@ def _logo_class(method: type, outputs: Outputs, *mixins: type, module: str | Non
             return outputs
 
     namespace = {"outputs": outputs, "__module__": module or method.__module__, "__doc__": f"{method.__name__}, LoGo."}
-    return type(f"LoGo{method.__name__}", (*mixins, LoGoMethod, method, Capture), namespace)
+    return type(f"LoGo{method.__name__}", (*mixins, _LoGo, method, Capture), namespace)
 
 
 def _checked(given: Any) -> dict[str, Any]:
@@ -299,7 +275,7 @@ _KNOWN: dict[type, Any] = {}
 
 
 def _known(method: type, *outputs: Any, mixins: tuple[type, ...] = ()) -> Any:
-    _KNOWN[method] = _logo_class(method, Outputs(*outputs), *mixins, module=__name__)
+    _KNOWN[method] = _logo_class(method, _Outputs(*outputs), *mixins, module=__name__)
     return _KNOWN[method]
 
 

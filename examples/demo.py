@@ -59,7 +59,10 @@ def photograph_tiles(per_photograph):
 
 def folder_images(folder):
     """(train, held-out) of a folder with one subfolder per class: every fifth image is held out."""
-    images = ImageFolder(folder)
+    try:
+        images = ImageFolder(folder)
+    except FileNotFoundError as error:
+        raise SystemExit(f"--data needs a folder with one subfolder of images per class: {error}") from error
     held_out = range(0, len(images), 5)
     train = [i for i in range(len(images)) if i % 5]
     if len(train) < 64:
@@ -216,7 +219,7 @@ def draw(path, train, rows, untrained):
         axes["accuracy"].bar_label(bars, fmt="%.1f")
         axes["accuracy"].axhline(untrained, color="black", linestyle=":", label=f"untrained {untrained:.1f}")
         axes["accuracy"].legend(fontsize=9, loc="upper right")
-    axes["accuracy"].set(title="k-NN on held-out tiles, %, equal time, one seed", ylim=(0, 119))
+    axes["accuracy"].set(title="Held-out k-NN, %: equal time, one seed", ylim=(0, 119))
     axes["accuracy"].tick_params(axis="x", labelsize=9)
     figure.savefig(path, dpi=110)
 
@@ -244,7 +247,11 @@ def main():
     print(f"{len(train)} training images, {len(held_out)} held out")
 
     torch.manual_seed(options.seed)
-    untrained = knn_accuracy(lightly_models.create(options.method, options.backbone, GLOBAL, LOCAL), train, held_out)
+    try:
+        model = lightly_models.create(options.method, options.backbone, GLOBAL, LOCAL)
+    except ValueError as error:
+        raise SystemExit(f"--backbone: {error}") from error
+    untrained = knn_accuracy(model, train, held_out)
     rows = []
     for arm in ARMS:
         model, terms, steps, seconds = train_arm(arm, options, train, options.output)

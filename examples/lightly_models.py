@@ -4,6 +4,7 @@ Nothing here knows of LoGo: these stand for the classes that lightly's users hav
 """
 
 import copy
+import difflib
 
 import pytorch_lightning as pl
 import timm
@@ -110,6 +111,9 @@ def create(method, backbone, *sizes):
     Raises:
         ValueError: If timm does not know the backbone, or it cannot take the sizes.
     """
+    if not timm.is_model(backbone):
+        close = difflib.get_close_matches(backbone, timm.list_models(), n=3)
+        raise ValueError(f"timm has no model {backbone!r}" + (f"; did you mean {', '.join(close)}?" if close else "."))
     # CNNs take any size as they are; ViTs and Swins have a switch each, which others reject.
     errors = []
     for switches in (
