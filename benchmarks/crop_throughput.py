@@ -69,11 +69,12 @@ class Repeated(Dataset):
 
 
 class Decoded:
-    def __init__(self, transform, convert=lambda image: image):
+    def __init__(self, transform, convert=None):
         self.transform, self.convert = transform, convert
 
     def __call__(self, file):
-        return self.transform(self.convert(decode(file)))
+        image = decode(file)
+        return self.transform(self.convert(image) if self.convert else image)
 
 
 class Views:
@@ -82,6 +83,14 @@ class Views:
 
     def __call__(self, image):
         return [transform(image) for transform in self.per_size for _ in range(2)]
+
+
+class Batched:
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __call__(self, files):
+        return [self.transform(torch.stack([v2.functional.pil_to_tensor(decode(file)) for file in files]) / 255)]
 
 
 def lightly():
@@ -134,7 +143,7 @@ def torchvision_v2(convert=None):
         )
 
     views = Views([one(size, scale) for size, scale in SIZES.items()])
-    return Decoded(views, convert) if convert else Decoded(views)
+    return Decoded(views, convert)
 
 
 def kornia():
@@ -152,7 +161,7 @@ def kornia():
         )
 
     views = Views([one(size, scale) for size, scale in SIZES.items()])
-    return lambda files: [views(torch.stack([v2.functional.pil_to_tensor(decode(f)) for f in files]) / 255)]
+    return Batched(views)
 
 
 def contenders():
@@ -193,7 +202,6 @@ def cpu_rates(made, files, count, rounds):
 def loader_rate(transform, collate, files, workers, batches, batch_size):
     """Images per second of wall clock once the workers run."""
     dataset = Repeated(files, (batches + workers) * batch_size, transform)
-    # Not forked: kornia and OpenMP have threads by now.
     loader = iter(
         DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate, prefetch_factor=1)
     )

@@ -268,6 +268,15 @@ def test_the_device_gives_the_workers_picture(photograph, defer, tolerance):
 
 
 @pytest.mark.parametrize("defer", ["augment", "normalize"])
+def test_everything_deferred_happens_on_the_device(photograph, defer):
+    """The meta device, like a GPU, refuses to mix with tensors on the CPU."""
+    views = everything(defer=defer)([photograph] * 12)[0].to("meta")
+    assert [(view.device.type, tuple(view.shape)) for view in views] == [
+        ("meta", (12, 3, side, side)) for side in (40, 40, 24, 24)
+    ]
+
+
+@pytest.mark.parametrize("defer", ["augment", "normalize"])
 def test_unfinished_views_reach_no_model(photograph, defer):
     batch = everything(defer=defer)([(photograph, 3)] * 2)
     for use in (list, len, lambda views: views[0], lambda views: default_collate([views]), torch.stack):

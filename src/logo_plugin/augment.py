@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +35,6 @@ class Recipe(NamedTuple):
     gray: bool = False
     sigma: float = 0.0
     solarize: bool = False
-
-
-# A value for one image is a float, for several a tensor (B, 1, 1, 1): scalars are what the CPU kernels are fast with.
-Values = Any
 
 
 def augment(images: Tensor, recipes: Sequence[Recipe]) -> Tensor:
@@ -75,7 +71,8 @@ def _apply(
     return x
 
 
-def _shared(values: Sequence[float], x: Tensor) -> Values:
+def _parameter(values: Sequence[float], x: Tensor) -> float | Tensor:
+    """A float for one image, which is what the CPU kernels are fast with; (B, 1, 1, 1) for several."""
     return values[0] if len(values) == 1 else torch.tensor(values, device=x.device).view(-1, 1, 1, 1)
 
 
@@ -85,13 +82,13 @@ def _luma(x: Tensor) -> Tensor:
 
 
 def _blend(x: Tensor, other: Tensor, factors: list[float]) -> Tensor:
-    x.lerp_(other, _shared([1 - factor for factor in factors], x))
+    x.lerp_(other, _parameter([1 - factor for factor in factors], x))
     # Up to 1 it is a mean of values in range.
     return x if max(factors) <= 1 else x.clamp_(0, 255)
 
 
 def _brightness(x: Tensor, factors: list[float]) -> Tensor:
-    x.mul_(_shared(factors, x))
+    x.mul_(_parameter(factors, x))
     return x if max(factors) <= 1 else x.clamp_(max=255)
 
 
@@ -114,7 +111,7 @@ def _hue(x: Tensor, shifts: list[float]) -> Tensor:
     chroma = torch.sub(high, low, out=low).clamp_min_(torch.finfo(x.dtype).tiny)
     hue = (g + b).sub_(r).sub_(high).div_(chroma).add_(2)
     wave = g - b
-    hue.copysign_(wave).add_(_shared([6 * shift for shift in shifts], x))
+    hue.copysign_(wave).add_(_parameter([6 * shift for shift in shifts], x))
     hue.sub_(torch.mul(hue, 1 / 6, out=wave).round_(), alpha=6)  # into [-3, 3]
     torch.addcmul(high + chroma, chroma, torch.abs(hue, out=wave).clamp_(1, 2), value=-1, out=r)
     high.sub_(chroma, alpha=2)
@@ -151,11 +148,13 @@ def _blur(x: Tensor, sigmas: list[float]) -> Tensor:
         shifted = x.unfold(dim, size, 1).movedim(-1, dim + 1).unbind(dim)
         x, out = shifted[radius], torch.empty_like(shifted[radius], memory_format=torch.contiguous_format)
         for i in range(1, radius + 1):
-            weight = _shared([kernel[i] for kernel in kernels], x)
+            weight = _parameter([kernel[i] for kernel in kernels], x)
             for copy in (shifted[radius - i], shifted[radius + i]):
-                batched = isinstance(weight, Tensor)
-                x = torch.addcmul(x, copy, weight, out=out) if batched else torch.add(x, copy, alpha=weight, out=out)
-    return x.mul_(_shared([(2 * sum(kernel) - 1) ** -2 for kernel in kernels], x))
+                if isinstance(weight, Tensor):
+                    x = torch.addcmul(x, copy, weight, out=out)
+                else:
+                    x = torch.add(x, copy, alpha=weight, out=out)
+    return x.mul_(_parameter([(2 * sum(kernel) - 1) ** -2 for kernel in kernels], x))
 
 
 _JITTER = (
