@@ -6,7 +6,6 @@ the scale of the loss) from the calls to its criterion. Neither lightly nor Ligh
 """
 
 import copy
-import difflib
 import inspect
 import sys
 import warnings
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from logo_plugin.affinity import Affinity
 from logo_plugin.crops import CropBoxes, crop_overlap
 from logo_plugin.losses import LoGoLoss, LoGoTerms, info_nce
+from logo_plugin.wrapping import unknown_option
 
 _ONLINE = ("forward_student", "forward_query_encoder", "forward")
 _TARGET = ("forward_momentum", "forward_teacher", "forward_key_encoder")
@@ -522,12 +522,10 @@ def _describe(batch: Any) -> str:
 
 def _check_names(options: dict[str, Any]) -> None:
     own, loss = (inspect.signature(f).parameters for f in (wrap, LoGoLoss.__init__))
-    valid = sorted((set(own) | set(loss)) - {"x", "self", "options", "similarity"})
+    valid = (set(own) | set(loss)) - {"x", "self", "options", "similarity"}
     for name in options:
         if name not in valid:
-            close = difflib.get_close_matches(name, valid, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise TypeError(f"wrap() got an unknown option {name!r}.{hint} Options: {', '.join(valid)}.")
+            raise TypeError(f"wrap(): {unknown_option(name, valid)}")
 
 
 def _subclass(base: type[nn.Module], config: dict[str, Any]) -> type[_LoGo]:

@@ -4,7 +4,6 @@ Importing this module registers them with solo-learn. Each is solo-learn's own c
 training step runs on the two global crops; the local crops and LoGo's terms come on top.
 """
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -27,6 +26,7 @@ from logo_plugin.affinity import Affinity, full_precision
 from logo_plugin.crops import MultiCropTransform, crop_overlap
 from logo_plugin.decoding import decode
 from logo_plugin.losses import LoGoLoss, Similarity
+from logo_plugin.wrapping import unknown_option
 
 # method_kwargs.logo.*: the adapter's own keys, and every keyword of LoGoLoss that a config can hold.
 _OWN: dict[str, Any] = {"affinity": True, "affinity_hidden_dim": 256, "fast_crops": False, "weigh_overlap": False}
@@ -317,11 +317,7 @@ def _checked(given: Any) -> dict[str, Any]:
         raise ValueError(f"method_kwargs.logo must be a mapping of options, got {given!r}.")
     for name in given:
         if name not in OPTIONS:
-            nearest = difflib.get_close_matches(str(name), OPTIONS, n=1, cutoff=0)[0]
-            raise ValueError(
-                f"unknown option method_kwargs.logo.{name}; did you mean method_kwargs.logo.{nearest}? "
-                f"There are {', '.join(OPTIONS)}."
-            )
+            raise ValueError(unknown_option(str(name), OPTIONS, "method_kwargs.logo."))
     options = OPTIONS | given
     for name in ("affinity", "fast_crops", "weigh_overlap"):
         if not isinstance(options[name], bool):

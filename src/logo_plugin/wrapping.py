@@ -1,7 +1,9 @@
 """`wrap`: finds the adapter for what it is given."""
 
+import difflib
 import inspect
 import sys
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from torch import nn
@@ -43,3 +45,10 @@ def wrap(x: T, **options: Any) -> T:
     from logo_plugin.adapters import lightly
 
     return lightly.wrap(x, **options)  # type: ignore[no-any-return]
+
+
+def unknown_option(name: str, valid: Iterable[str], prefix: str = "") -> str:
+    """What an adapter says of an option that is none of `valid`: the nearest one, and all of them."""
+    valid = sorted(valid)
+    nearest = difflib.get_close_matches(name, valid, n=1, cutoff=0)[0]
+    return f"unknown option {prefix}{name}; did you mean {prefix}{nearest}? There are {', '.join(valid)}."
