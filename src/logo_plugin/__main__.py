@@ -82,7 +82,8 @@ def _misfits(extra: str | None) -> list[str]:
         name, least = match[1], match[2] or "0"
         version = _version(name)
         if version is None:
-            found.append(f'{name} is not installed: pip install "{name}>={least}"')
+            wanted = f"{name}>={least}" if match[2] else name
+            found.append(f'{name} is not installed: pip install "{wanted}"')
         elif _numbers(version) < _numbers(least):
             found.append(f'{name} {version} is older than {least}: pip install --upgrade "{name}>={least}"')
     return found
