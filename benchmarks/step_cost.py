@@ -1,8 +1,9 @@
 """Seconds per training step of lightly's BYOL, MoCo and SimSiam: as they are, with multi-crop, with LoGo.
 
 The arms take turns, round by round, in one process, so that a machine whose speed drifts does so for
-all of them; the ratios are medians over rounds. A step is zero_grad, training_step, backward and the
-optimizer's step on random pixels: no data loading, no Trainer.
+all of them; the ratios are medians over rounds. On a CPU a step is timed in seconds of CPU time on one
+thread, which other programs disturb least; on CUDA in seconds on the clock. A step is zero_grad,
+training_step, backward and the optimizer's step on random pixels: no data loading, no Trainer.
 
     python benchmarks/step_cost.py                       # ImageNet sizes, CPU, and CUDA where there is one
     python benchmarks/step_cost.py --global-size 32 --local-size 32 --batch-size 64   # CIFAR sizes
@@ -14,6 +15,7 @@ import platform
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import lightly_models
 
-from logo_plugin import wrap
+from logo_plugin import Affinity, LoGoLoss, wrap
 
 ARMS = {
     "2 crops": None,
@@ -56,10 +58,10 @@ def make_step(method, backbone, arm, options, device):
     return step
 
 
-def seconds(step):
-    start = time.perf_counter()
+def seconds(step, clock):
+    start = clock()
     step()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def measure(method, backbone, options, device):
@@ -72,8 +74,24 @@ def measure(method, backbone, options, device):
     for i in range(options.rounds):
         # Every other round backwards, so that no arm always follows the same one.
         for arm in list(ARMS)[:: 1 if i % 2 else -1]:
-            times[arm].append(seconds(steps[arm]))
+            times[arm].append(seconds(steps[arm], time.perf_counter if device == "cuda" else time.process_time))
     return times
+
+
+def own_cost(images, features, rounds):
+    """Seconds that affinity and repulsion add to the objective, forward and backward, on the CPU."""
+    pred = [torch.randn(images, features, requires_grad=True) for _ in range(4)]
+    target = [torch.randn(images, features) for _ in range(2)]
+    objectives = [LoGoLoss(), LoGoLoss(affinity=Affinity(features))]
+    times = [[], []]
+
+    def step(criterion):
+        criterion(global_pred=pred[:2], local_pred=pred[2:], global_target=target).total.backward()
+
+    for _ in range(rounds):
+        for taken, criterion in zip(times, objectives, strict=True):
+            taken.append(seconds(partial(step, criterion), time.process_time))
+    return statistics.median(logo - plain for plain, logo in zip(*times, strict=True))
 
 
 def ratio(times, arm, base):
@@ -92,6 +110,8 @@ def main():
     parser.add_argument("--devices", nargs="+", default=["cpu"] + ["cuda"] * torch.cuda.is_available())
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"LoGo's own terms for 64 images of 128 features: {1000 * own_cost(64, 128, 200):.1f} ms of CPU time")
     results = []
     batch_size = options.batch_size
     for device in options.devices:
