@@ -407,6 +407,15 @@ class TestModule:
         for eager, fast in zip(*results, strict=True):
             torch.testing.assert_close(eager, fast)
 
+    @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+    def test_gradient_ratio_compiles_with_a_graph_break(self):
+        criterion = LoGoLoss(affinity=Affinity(8, 16), gradient_ratio=0.1)
+        totals = []
+        for module in (criterion, torch.compile(copy.deepcopy(criterion), backend="aot_eager")):
+            torch.manual_seed(0)
+            totals.append(module(**encoder_outputs(dtype=torch.float32)[1]).total.detach())
+        torch.testing.assert_close(*totals)
+
     def test_print_shows_the_options(self):
         assert "local_weight=0.0001" in str(LoGoLoss())
         assert "gradient_ratio=0.1" in str(LoGoLoss(affinity=Affinity(8), gradient_ratio=0.1))

@@ -41,7 +41,8 @@ class LoGoLoss(nn.Module):
         local_weight: lambda, the fixed weight of local_local (default 1e-4, the paper's for SimSiam).
         gradient_ratio: Instead of a fixed weight, scale local_local so that the norm of its gradient
             at `local_proj` is at most this fraction of the similarity's (the release: 0.015, taken
-            there on the encoder's gradient).
+            there on the encoder's gradient). It takes that gradient in `forward`, which under
+            `torch.compile` is a graph break: `fullgraph=True` needs a fixed weight.
         local_global_weight: Weight of a local-global pair against a global-global pair.
         affinity_loss: "logistic", softplus(-f(same image)) + softplus(f(other image)) (release), or
             "difference", f(other image) - f(same image) (Eq. 6).
