@@ -123,13 +123,16 @@ class _LoGo(BaseMethod):
             return
         # Before Lightning iterates over the loader: its workers copy the dataset.
         source = self.trainer.fit_loop._data_source.instance
-        dataset = getattr(source, "dataset", None)
-        if not isinstance(getattr(dataset, "transform", None), FullTransformPipeline):
+        dataset: Any = getattr(source, "dataset", None)
+        stock = getattr(dataset, "transform", None)
+        if isinstance(stock, FastCrops):  # a second fit on the same data
+            return
+        if not isinstance(stock, FullTransformPipeline):
             raise ValueError(
                 "method_kwargs.logo.fast_crops needs solo-learn's own image loading (data.format=image_folder), got "
                 f"{type(source).__name__}. Set method_kwargs.logo.fast_crops=false, or another data.format."
             )
-        dataset.transform = FastCrops(self.cfg.augmentations, dataset.transform, return_boxes=self.weigh_overlap)
+        dataset.transform = FastCrops(self.cfg.augmentations, stock, return_boxes=self.weigh_overlap)
 
     def training_step(self, batch: list[Any], batch_idx: int) -> Tensor:
         """The method's own step on the global crops, plus LoGo's terms; global crops come first in the batch."""
