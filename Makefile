@@ -2,13 +2,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+comma := ,
+# With a clone of solo-learn its tests run too, and need what it needs: make test SOLO_LEARN_ROOT=...
+EXTRAS := test$(if $(SOLO_LEARN_ROOT),$(comma)solo)
 
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/demo.py $(ARGS)
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-$(EXTRAS)
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed-test
