@@ -59,30 +59,27 @@ def run(source, folder, **environment):
 COLLATE = "    collate_fn=MultiCropCollate.cifar10(),\n"
 
 
-@pytest.mark.parametrize("method", CLASSES)
-def test_lightning_example_trains_and_resumes(method, tmp_path):
-    source = Path(ROOT, "examples", "pytorch_lightning", f"{method}.py").read_text()
+def wrapped_example(form, method, folder):
+    """A Lightning example with the user's two edits: wrap the model, and let the collate make the crops."""
     cls = CLASSES[method]
-    source = shrunk(source, str(tmp_path))
-    # The user's two edits: wrap the model, and let the collate make the crops.
+    source = shrunk(Path(ROOT, "examples", form, f"{method}.py").read_text(), folder)
     source = source.replace(
         f"model = {cls}()\n", f"from logo_plugin import MultiCropCollate, wrap\nmodel = wrap({cls}())\n"
     )
-    source = source.replace("    drop_last=True,\n", "    drop_last=True,\n" + COLLATE)
-    source += FINISH.format(cls=cls, epochs=2, checkpoint=str(tmp_path / "last.ckpt"))
+    return source.replace("    drop_last=True,\n", "    drop_last=True,\n" + COLLATE)
+
+
+@pytest.mark.parametrize("method", CLASSES)
+def test_lightning_example_trains_and_resumes(method, tmp_path):
+    source = wrapped_example("pytorch_lightning", method, str(tmp_path))
+    source += FINISH.format(cls=CLASSES[method], epochs=2, checkpoint=str(tmp_path / "last.ckpt"))
     out = run(PREPARE.format(here=str(Path(__file__).parent)) + source, tmp_path)
     assert "resumed at epoch 2" in out
 
 
 @pytest.mark.parametrize("method", CLASSES)
 def test_distributed_example_keeps_two_ranks_identical(method, tmp_path):
-    source = Path(ROOT, "examples", "pytorch_lightning_distributed", f"{method}.py").read_text()
-    cls = CLASSES[method]
-    source = shrunk(source, str(tmp_path))
-    source = source.replace(
-        f"model = {cls}()\n", f"from logo_plugin import MultiCropCollate, wrap\nmodel = wrap({cls}())\n"
-    )
-    source = source.replace("    drop_last=True,\n", "    drop_last=True,\n" + COLLATE)
+    source = wrapped_example("pytorch_lightning_distributed", method, str(tmp_path))
     # A machine without GPUs: two gloo processes, and no SyncBatchNorm, which needs GPUs.
     source = source.replace('devices="auto"', "devices=2").replace('accelerator="gpu"', 'accelerator="cpu"')
     source = source.replace('strategy="ddp"', "strategy=pl.strategies.DDPStrategy(process_group_backend='gloo')")
