@@ -1,0 +1,36 @@
+"""Sphinx settings; `make docs` builds the site into build/docs, and a warning fails it."""
+
+import logo_plugin
+
+project = "logo-plugin"
+release = logo_plugin.__version__
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb"]
+html_theme = "furo"
+html_title = f"logo-plugin {release}"
+html_show_copyright = False
+html_show_sphinx = False
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # notebooks are committed with their outputs
+
+default_role = "code"  # docstrings write `name`
+autodoc_member_order = "bysource"  # for a module: the order of its __all__
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
+# Without intersphinx, so that the site builds offline: names of other libraries are not links.
+nitpick_ignore_regex = [(r"py:.*", r"(?!logo_plugin).*|logo_plugin\.\w+\.T")]  # T: type variables
+
+
+def _skip_field_numbers(app, what, name, obj, skip, options):
+    """A NamedTuple's fields are in its signature; Python's own text on them says nothing more."""
+    return True if str(obj.__doc__).startswith("Alias for field number") else None
+
+
+def setup(app):
+    """Called by Sphinx."""
+    app.connect("autodoc-skip-member", _skip_field_numbers)
