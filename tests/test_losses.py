@@ -25,7 +25,7 @@ COMBINATIONS = [
     for form in ("logistic", "difference")
     for repulsion in ("softplus", "logit")
     for reduction in ("pairs", "sum")
-    for weight in ({"local_weight": 0.3}, {"gradient_ratio": 0.1})
+    for weight in ({"local_weight": 0.3}, {"gradient_ratio": 0.1}, {"local_weight": 0.3, "average_targets": True})
 ]
 
 
@@ -191,6 +191,53 @@ class TestObjective:
         del arguments["global_pred"]
         terms = LoGoLoss().extend(4 * gg + 7, global_global=gg, global_pairs=2, scale=4.0, **arguments)
         close(terms.total, expected)
+
+    @pytest.mark.parametrize("reduction", ["pairs", "sum"])
+    def test_average_targets_longhand(self, reduction):
+        """Two unequal targets: the local crops meet their mean, at the weight that two targets have."""
+        _, arguments = encoder_outputs(2, 3)
+        arguments["global_target"][1] = 3 * arguments["global_target"][1]  # projections, averaged as they come
+        criterion = LoGoLoss(average_targets=True, reduction=reduction, local_global_weight=0.5)
+        terms = criterion(**arguments)
+        mean = (arguments["global_target"][0] + arguments["global_target"][1]) / 2
+        local_global = -sum(F.cosine_similarity(p, mean).mean() for p in arguments["local_pred"]) / 3
+        close(terms.local_global, local_global)
+        each = LoGoLoss(reduction=reduction, local_global_weight=0.5)(**arguments)
+        assert torch.equal(terms.global_global, each.global_global)
+        gg = terms.global_global
+        pull = (2 * gg + 3 * local_global) / 5 if reduction == "pairs" else gg + 3 * local_global
+        close(terms.total, pull)
+
+    def test_average_of_unit_targets_keeps_the_direction_of_the_gradient(self):
+        gradients = []
+        for average in (False, True):
+            parts, arguments = encoder_outputs()
+            arguments["global_target"] = [F.normalize(t, dim=1) for t in arguments["global_target"]]
+            LoGoLoss(average_targets=average)(**arguments).local_global.backward()
+            gradients.append(parts["local"].grad)
+        mean_norm = (arguments["global_target"][0] + arguments["global_target"][1]).norm(dim=1, keepdim=True) / 2
+        close(gradients[0], mean_norm * gradients[1])
+
+    def test_average_targets_of_a_dot_product_stay_unit(self):
+        """solo-learn's MoCo normalises before its loss and has a queue for each target."""
+        _, arguments = encoder_outputs()
+        unit = {name: [F.normalize(x, dim=1) for x in views] for name, views in arguments.items()}
+        queues = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+        def nce(p, t, queue):
+            logits = torch.cat([(p * t).sum(1, keepdim=True), p @ queue], 1) / 0.2
+            return -logits.log_softmax(1)[:, 0].mean()
+
+        del unit["global_pred"]
+        terms = LoGoLoss(average_targets=True).extend(
+            torch.zeros(()),
+            global_global=torch.zeros(()),
+            global_pairs=2,
+            similarity=[functools.partial(nce, queue=queue) for queue in queues],
+            **unit,
+        )
+        mean = F.normalize(unit["global_target"][0] + unit["global_target"][1], dim=1)
+        close(terms.local_global, sum(nce(p, mean, queue) for p in unit["local_pred"] for queue in queues) / 4)
 
     def test_gradient_ratio_caps_the_gradient(self):
         _, arguments = encoder_outputs()
@@ -393,7 +440,9 @@ class TestModule:
 
     @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo looks at every input's .grad
     @pytest.mark.parametrize("similarity", ["cosine", info_nce])
-    @pytest.mark.parametrize("options", [{}, {"affinity_loss": "difference", "reduction": "sum"}])
+    @pytest.mark.parametrize(
+        "options", [{}, {"affinity_loss": "difference", "reduction": "sum", "average_targets": True}]
+    )
     def test_compiles_without_a_graph_break(self, options, similarity):
         criterion = LoGoLoss(affinity=Affinity(8, 16), similarity=similarity, **options)
         compiled = torch.compile(copy.deepcopy(criterion), fullgraph=True, backend="aot_eager")
@@ -469,6 +518,7 @@ def test_bad_input(changed, message):
         ({"repulsion": "relu"}, r"repulsion must be one of"),
         ({"reduction": "mean"}, r"reduction must be one of \('pairs', 'sum'\), got 'mean'"),
         ({"similarity": "dot"}, r'similarity must be "cosine" or a callable'),
+        ({"average_targets": 1}, r"average_targets must be True or False, got 1"),
         ({"affinity": 256}, r"affinity must be a module such as Affinity\(dim\), or None, got 256"),
     ],
 )

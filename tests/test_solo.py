@@ -183,6 +183,42 @@ def test_target_network_never_sees_local_crops():
     assert all(torch.equal(x, view) for x, view in zip(seen, data[1], strict=False))
 
 
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "mocov2plus"])
+def test_local_predictor(method):
+    """Each predictor learns from its own crops, in the same optimizer groups, and starts as the method's."""
+    found = {}
+    for own in (False, True):
+        model = build(f"logo_{method}", {"affinity": False, "reduction": "sum", "local_predictor": own})
+        total = model.training_step(batch(), 0)
+        total.backward()
+        found[own] = model, total
+    torch.testing.assert_close(found[True][1], found[False][1], rtol=0, atol=0)
+    stock = build(method)
+    indexes, views, targets = batch()
+    stock.training_step([indexes, views[:2], targets], 0).backward()
+    model = found[True][0]
+    # Eq. 9 adds the local pairs to the method's own loss: whatever differed would come from local crops.
+    for name, parameter in stock.predictor.named_parameters():
+        torch.testing.assert_close(model.predictor.get_parameter(name).grad, parameter.grad, rtol=1e-5, atol=1e-6)
+    last = list(model.logo_local_predictor.parameters())[-1]
+    assert last.grad.abs().max() > 0
+    groups, without = ({g["name"]: g for g in m.learnable_params} for m in (model, stock))
+    assert groups.keys() == without.keys()
+    assert groups["predictor"].get("static_lr") == without["predictor"].get("static_lr")
+    both = [*model.predictor.parameters(), *model.logo_local_predictor.parameters()]
+    assert [id(p) for p in groups["predictor"]["params"]] == [id(p) for p in both]
+    before = last.detach().clone()
+    optimizer = model.configure_optimizers()
+    optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer[0][0]
+    optimizer.step()
+    assert not torch.equal(last, before)
+
+
+def test_local_predictor_needs_a_predictor():
+    with pytest.raises(ValueError, match=r"logo\.local_predictor copies .* logo_mocov2plus has none"):
+        build("logo_mocov2plus", {"local_predictor": True})
+
+
 @pytest.mark.parametrize("method", ["byol", "simsiam"])
 def test_affinity_is_in_the_optimizer(method):
     model = build(f"logo_{method}")
@@ -209,6 +245,8 @@ def test_affinity_group_is_absent_without_affinity():
         ({"local_wieght": 0.1}, r"method_kwargs\.logo\.local_wieght; did you mean method_kwargs\.logo\.local_weight"),
         ({"lambda": 0.1}, "did you mean method_kwargs.logo"),
         ({"affinity": "none"}, "true or false, got 'none'"),
+        ({"local_predictor": 1}, r"local_predictor must be true or false, got 1"),
+        ({"average_targets": "yes"}, r"average_targets must be True or False, got 'yes'"),
         ({"local_weight": -1.0}, r"method_kwargs\.logo: local_weight must be a finite number >= 0"),
         ({"local_weight": 0.1, "gradient_ratio": 0.1}, "not both"),
         ({"reduction": "mean"}, "reduction must be one of"),
@@ -238,6 +276,10 @@ def test_too_few_crops():
         ({"local_weight": 0.5, "repulsion": "logit"}, "run-logo-lambda0.5-repulsionlogit"),
         ({"gradient_ratio": 0.015}, "run-logo-gradient_ratio0.015"),
         ({"affinity": False, "reduction": "sum"}, "run-logo-affinityFalse-reductionsum"),
+        (
+            {"local_predictor": True, "average_targets": True},
+            "run-logo-lambda0.0001-local_predictorTrue-average_targetsTrue",
+        ),
     ],
 )
 def test_options_are_in_the_name(logo, name):
@@ -424,7 +466,7 @@ def _train_rank(rank: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2)
     torch.set_num_threads(1)
     for method in RANK_METHODS:
-        model = build(f"logo_{method}")
+        model = build(f"logo_{method}", {"local_predictor": method == "mocov3"})
         optimizer = model.configure_optimizers()
         data = batch(4)
         data[1] = [view + rank for view in data[1]]
@@ -499,7 +541,7 @@ def test_scripts_of_the_clone(tmp_path):
     ]
     pretrain = [
         *(f"{ROOT}/main_pretrain.py", "--config-path", f"{ROOT}/scripts/pretrain/cifar", "--config-name", "simsiam"),
-        *("method=logo_simsiam", "augmentations=logo_cifar", *common),
+        *("method=logo_simsiam", "augmentations=logo_cifar", "+method_kwargs.logo.local_predictor=true", *common),
         *("method_kwargs.proj_hidden_dim=16", "method_kwargs.proj_output_dim=16", "method_kwargs.pred_hidden_dim=16"),
     ]
     run(*pretrain, "max_epochs=1", "+knn_eval.enabled=True")
@@ -526,7 +568,8 @@ def test_every_loss_option_is_a_config_option():
     import inspect
 
     keywords = set(inspect.signature(LoGoLoss).parameters) - {"similarity"}
-    assert keywords | {"affinity_hidden_dim", "fast_crops", "weigh_overlap"} == set(adapter.OPTIONS)
+    own = {"affinity_hidden_dim", "fast_crops", "weigh_overlap", "local_predictor"}
+    assert keywords | own == set(adapter.OPTIONS)
 
 
 def crop_config(**changes):

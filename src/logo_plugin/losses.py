@@ -49,6 +49,13 @@ class LoGoLoss(nn.Module):
         positive_noise: Gaussian noise of standard deviation `positive_noise / sqrt(D)` on the positive
             pairs of the affinity loss (release: 0.3; 0 turns it off).
         repulsion: a(z, z') of local_local, "softplus" of the logit (release) or the "logit" (Eq. 5).
+        average_targets: Compare each local crop with the mean of the global targets in place of each of them:
+            the "mean encoding" of asym-siam (Wang et al., CVPR 2022, https://arxiv.org/abs/2204.00613), which
+            lowers the variance of the target. As there, projections are averaged as they come and the
+            similarity normalises their mean; for hosts that normalise before (MoCo), the mean gets the
+            targets' own norm again. Weights and global_global stay. For the cosine of unit targets,
+            mean_j cos(p, t_j) = |m| cos(p, m) with their mean m: the gradient's direction for each image
+            stays, and what changes is that images whose targets disagree no longer count less.
         reduction: "pairs" is the mean over all global-global and local-global pairs (release), "sum"
             the mean over global-global plus the sum over local-global pairs (Eq. 9). Without local
             crops both are exactly the host method's loss.
@@ -79,6 +86,7 @@ class LoGoLoss(nn.Module):
         positive_noise: float = 0.3,
         repulsion: Literal["softplus", "logit"] = "softplus",
         reduction: Literal["pairs", "sum"] = "pairs",
+        average_targets: bool = False,
     ) -> None:
         super().__init__()
         if affinity is not None and not isinstance(affinity, nn.Module):
@@ -99,6 +107,9 @@ class LoGoLoss(nn.Module):
         self.positive_noise = _weight("positive_noise", positive_noise)
         self.repulsion = _choice("repulsion", repulsion, ("softplus", "logit"))
         self.reduction = _choice("reduction", reduction, ("pairs", "sum"))
+        if not isinstance(average_targets, bool):
+            raise ValueError(f"average_targets must be True or False, got {average_targets!r}.")
+        self.average_targets = average_targets
 
     def forward(
         self,
@@ -173,7 +184,7 @@ class LoGoLoss(nn.Module):
             local_overlap: As in `forward`.
             scale: What the host multiplies its mean similarity with; LoGo's pairs get the same.
             similarity: Replaces `self.similarity` for this call (a queue changes every step); a sequence
-                has one for each target.
+                has one for each target. With `average_targets` each is given the same mean target.
 
         Returns:
             `LoGoTerms`; `total` is `host_loss` itself when there are no local crops.
@@ -183,7 +194,7 @@ class LoGoLoss(nn.Module):
         """
         preds, targets = _views("local_pred", local_pred), _views("global_target", global_target)
         if not isinstance(similarity, Sequence):
-            similarity = [similarity or self.similarity] * len(targets)
+            similarity = [similarity or self.similarity] * (1 if self.average_targets else len(targets))
         zero = global_global.new_zeros(())
         if not preds:
             if self.affinity is not None:
@@ -193,8 +204,9 @@ class LoGoLoss(nn.Module):
                 )
             return LoGoTerms(host_loss, global_global, zero, zero, zero)
         _same_shape("local_pred", preds, "global_target", targets)
+        compared = [_mean_target(targets)] * len(similarity) if self.average_targets else targets
         local_global = torch.stack(
-            [score(pred, t.detach()) for pred in preds for score, t in zip(similarity, targets, strict=True)]
+            [score(pred, t.detach()) for pred in preds for score, t in zip(similarity, compared, strict=True)]
         ).mean()
         pairs = self.local_global_weight * len(preds) * len(targets)
         if self.reduction == "pairs":
@@ -228,7 +240,15 @@ class LoGoLoss(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows of the options."""
         weight = "local_weight" if self.gradient_ratio is None else "gradient_ratio"
-        names = (weight, "local_global_weight", "affinity_loss", "positive_noise", "repulsion", "reduction")
+        names = (
+            weight,
+            "local_global_weight",
+            "affinity_loss",
+            "positive_noise",
+            "repulsion",
+            "reduction",
+            "average_targets",
+        )
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
@@ -336,6 +356,13 @@ def affinity_loss(
     if form == "logistic":
         return F.softplus(-positive).mean() + F.softplus(negative).mean()
     return negative.mean() - positive.mean()
+
+
+def _mean_target(targets: Sequence[Tensor]) -> Tensor:
+    """The direction of the targets' mean with their mean norm, so that unit targets give a unit target."""
+    stacked = full_precision(torch.stack(list(targets)))
+    mean: Tensor = F.normalize(stacked.mean(0), dim=-1) * stacked.norm(dim=-1, keepdim=True).mean(0)
+    return mean.to(targets[0])
 
 
 def _pairs(views: Tensor, pairing: Callable[[range, int], Iterable[tuple[int, ...]]]) -> list[Tensor]:
