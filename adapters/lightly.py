@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from logo_plugin.affinity import Affinity
 from logo_plugin.crops import CropBoxes, crop_overlap
 from logo_plugin.local_predictor import join_groups, stand_in
-from logo_plugin.losses import LoGoLoss, LoGoTerms, info_nce
+from logo_plugin.losses import LoGoLoss, LoGoTerms, info_nce, with_preset
 from logo_plugin.wrapping import unknown_option
 
 _ONLINE = ("forward_student", "forward_query_encoder", "forward")
@@ -44,6 +44,7 @@ def wrap(
     concat_local_crops: bool = False,
     weigh_overlap: bool = False,
     local_predictor: bool = False,
+    preset: str | None = None,
     **options: Any,
 ) -> Any:
     """Adds LoGo to a BYOL, MoCo or SimSiam model in lightly's style.
@@ -74,6 +75,7 @@ def wrap(
         local_predictor: Give local crops a predictor of their own (MULAN, arXiv 2602.05845): a copy of the
             model's, made when wrapping, in the same optimizer group and with the same initial values
             (MULAN draws others). The model's own then sees global crops only.
+        preset: "paper" or "release": the options of `LoGoLoss.paper` or `LoGoLoss.release`, except those given.
         **options: Options of `LoGoLoss`, except `similarity`: the model's criterion serves.
 
     Returns:
@@ -90,6 +92,7 @@ def wrap(
     base: Any = x if inspect.isclass(x) else type(x)
     if issubclass(base, _LoGo):
         raise ValueError(f"{base.__name__} is wrapped already.")
+    options = with_preset(preset, options)
     LoGoLoss(**options)  # a bad value should fail here, not when the class is instantiated
     cls: Any = _subclass(
         base, {"affinity": affinity, "local_predictor": local_predictor, "settings": settings, "options": options}

@@ -27,7 +27,7 @@ from logo_plugin.affinity import Affinity, full_precision
 from logo_plugin.crops import MultiCropTransform, crop_overlap
 from logo_plugin.decoding import decode
 from logo_plugin.local_predictor import join_groups, stand_in
-from logo_plugin.losses import LoGoLoss, Similarity
+from logo_plugin.losses import PRESETS, LoGoLoss, Similarity, with_preset
 from logo_plugin.wrapping import unknown_option
 
 # method_kwargs.logo.*: the adapter's own keys, and every keyword of LoGoLoss that a config can hold.
@@ -37,6 +37,7 @@ _OWN: dict[str, Any] = {
     "fast_crops": False,
     "weigh_overlap": False,
     "local_predictor": False,
+    "preset": None,
 }
 OPTIONS: dict[str, Any] = _OWN | {
     name: parameter.default
@@ -333,33 +334,34 @@ def _logo_class(method: type, outputs: _Outputs, *mixins: type, module: str | No
 
 
 def _checked(given: Any) -> dict[str, Any]:
-    """All options with their defaults."""
+    """All options, each as given, as the preset has it, or at its default."""
     if not isinstance(given, dict):
         raise ValueError(f"method_kwargs.logo must be a mapping of options, got {given!r}.")
     for name in given:
         if name not in OPTIONS:
             raise ValueError(unknown_option(str(name), OPTIONS, "method_kwargs.logo."))
-    options = OPTIONS | given
     for name in ("affinity", "fast_crops", "weigh_overlap", "local_predictor"):
-        if not isinstance(options[name], bool):
-            raise ValueError(f"method_kwargs.logo.{name} must be true or false, got {options[name]!r}.")
+        if not isinstance(given.get(name, False), bool):
+            raise ValueError(f"method_kwargs.logo.{name} must be true or false, got {given[name]!r}.")
+    try:
+        options = OPTIONS | with_preset(given.get("preset"), given)
+        LoGoLoss(**{name: options[name] for name in options if name not in _OWN})
+    except ValueError as error:
+        raise ValueError(f"method_kwargs.logo: {error}") from error
     if options["weigh_overlap"] and not options["fast_crops"]:
         raise ValueError(
             "method_kwargs.logo.weigh_overlap needs the crops' boxes: set method_kwargs.logo.fast_crops=true."
         )
-    try:
-        LoGoLoss(**{name: options[name] for name in options if name not in _OWN})
-    except ValueError as error:
-        raise ValueError(f"method_kwargs.logo: {error}") from error
     return options
 
 
 def _name_suffix(options: Mapping[str, Any]) -> str:
-    """Every option that is not at its default, and lambda always."""
-    differing = {name: value for name, value in options.items() if value != OPTIONS[name]}
-    if "gradient_ratio" not in differing and options["affinity"]:
-        weight = LoGoLoss(local_weight=differing.pop("local_weight", None)).local_weight
-        differing = {"lambda": f"{weight:g}"} | differing
+    """Every option that is not at its default or as the named preset has it, and lambda always."""
+    usual = OPTIONS | PRESETS.get(options["preset"], {})
+    differing = {name: value for name, value in options.items() if value not in (None, usual[name])}
+    if options["gradient_ratio"] is None and options["affinity"]:
+        weight = LoGoLoss(local_weight=options["local_weight"]).local_weight
+        differing = {"lambda": f"{weight:g}"} | {n: v for n, v in differing.items() if n != "local_weight"}
     return "-logo" + "".join(f"-{name}{value}" for name, value in differing.items())
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import logo_plugin
-from logo_plugin import Affinity, MultiCropCollate, wrap
+from logo_plugin import Affinity, LoGoLoss, MultiCropCollate, wrap
 from logo_plugin.crops import crop_overlap
 
 pytestmark = [
@@ -183,6 +183,14 @@ class TestTerms:
             for concat in (False, True)
         ]
         torch.testing.assert_close(*losses)
+
+
+def test_presets():
+    for model in (wrap(hosts.BYOL(), preset="paper"), wrap(hosts.BYOL, preset="paper")()):
+        assert model.logo.extra_repr() == LoGoLoss.paper().extra_repr()
+    other = wrap(hosts.BYOL(), preset="release", local_weight=0.5)
+    assert other.logo.extra_repr() == LoGoLoss.release(local_weight=0.5).extra_repr()
+    loss_of(other.training_step(batch(), 0)).backward()
 
 
 class TestOverlap:
@@ -615,6 +623,7 @@ class TestErrors:
             (hosts.BYOL, {"criterion": "loss"}, ValueError, r"criterion='loss' is neither a loss module nor"),
             (hosts.BYOL, {"affinity": 16}, ValueError, r"affinity must be a module .*got 16"),
             (hosts.BYOL, {"global_crops": 1}, ValueError, r"global_crops must be an integer >= 2, got 1"),
+            (hosts.BYOL, {"preset": "papre"}, ValueError, r"preset must be one of \('paper', 'release'\), got 'papre'"),
             (hosts.MoCo, {"local_predictor": True}, ValueError, r"local_predictor=True .* MoCo has no prediction_head"),
             (hosts.BYOL, {"projector": "head"}, ValueError, r"BYOL has no head, .*projector='...'"),
         ],

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from logo_plugin import Affinity, LoGoLoss, info_nce
-from logo_plugin.losses import affinity_loss, local_local_loss
+from logo_plugin.losses import PRESETS, affinity_loss, local_local_loss
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "logo_reference.json").read_text())
 INPUTS = {name: torch.tensor(value, dtype=torch.float64) for name, value in GOLDEN["inputs"].items()}
@@ -125,6 +126,64 @@ class TestGolden:
         del views["global_pred"]
         terms = LoGoLoss(reduction="sum").extend(one_way, global_global=one_way, global_pairs=1, **views)
         close(terms.total, expected["eq9_without_local_local"])
+
+
+class TestPresets:
+    def test_paper_by_the_golden_values(self, affinity):
+        arguments = {
+            "global_pred": INPUTS["prediction_global"],
+            "global_target": INPUTS["projection_global"],
+            "local_pred": INPUTS["prediction_local"],
+            "local_proj": INPUTS["query_local"],
+        }
+        terms = LoGoLoss.paper(affinity=affinity)(**arguments)
+        repulsion = EXPECTED["local_local_logit_eq5"]["value"]
+        close(terms.local_local, repulsion)
+        close(terms.total - terms.affinity, EXPECTED["negative_cosine"]["eq9_symmetric_gg"] + 1e-4 * repulsion)
+        twin = copy.deepcopy(affinity)
+        torch.manual_seed(0)
+        terms = LoGoLoss.paper(affinity=affinity)(**arguments)
+        torch.manual_seed(0)  # the same negatives; Eq. 6 has no noise
+        close(terms.affinity, affinity_loss(twin, INPUTS["query_local"], form="difference"))
+
+    def test_release_by_the_golden_values(self, affinity):
+        nce = functools.partial(info_nce, queue=INPUTS["queue_DxK"], temperature=GOLDEN["sizes"]["temperature"])
+        local = INPUTS["query_local"].clone().requires_grad_()
+        criterion = LoGoLoss.release(affinity=copy.deepcopy(affinity), similarity=nce)
+        terms = criterion(
+            global_pred=INPUTS["query_global"], global_target=INPUTS["key_global"], local_pred=local, local_proj=local
+        )
+        close(terms.local_local, EXPECTED["local_local_softplus"]["value"])
+        pull, push, whole = (
+            torch.autograd.grad(term, local, retain_graph=True)[0]
+            for term in (4 / 6 * terms.local_global, terms.local_local, terms.total)
+        )
+        weight = 0.015 * pull.norm() / push.norm()
+        close(whole, pull + weight * push)
+        close(terms.total - terms.affinity - weight * terms.local_local, EXPECTED["info_nce"]["mean_of_six"])
+        assert (criterion.affinity_loss, criterion.positive_noise) == ("logistic", 0.3)
+
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_presets_do_not_depend_on_defaults(self, name):
+        keywords = inspect.signature(LoGoLoss).parameters.keys() - {"affinity", "similarity"}
+        assert PRESETS[name].keys() == keywords
+
+    @pytest.mark.parametrize(
+        ("preset", "options", "expected"),
+        [
+            ("paper", {"reduction": "pairs"}, {"reduction": "pairs", "repulsion": "logit", "local_weight": 1e-4}),
+            ("paper", {"gradient_ratio": 0.1}, {"gradient_ratio": 0.1, "repulsion": "logit"}),
+            ("release", {"local_weight": 0.5}, {"gradient_ratio": None, "local_weight": 0.5, "positive_noise": 0.3}),
+            ("release", {"local_weight": None, "reduction": None}, {"gradient_ratio": 0.015, "reduction": "pairs"}),
+        ],
+    )
+    def test_given_options_win(self, preset, options, expected):
+        criterion = getattr(LoGoLoss, preset)(**options)
+        assert {name: getattr(criterion, name) for name in expected} == expected
+
+    def test_both_weights_are_still_too_many(self):
+        with pytest.raises(ValueError, match="not both"):
+            LoGoLoss.release(local_weight=0.1, gradient_ratio=0.1)
 
 
 class TestObjective:

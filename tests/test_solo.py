@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from photos import tiles
 
 from logo_plugin import LoGoLoss, wrap
+from logo_plugin.losses import PRESETS
 
 ROOT = os.environ.get("SOLO_LEARN_ROOT")
 pytestmark = [
@@ -245,6 +246,8 @@ def test_affinity_group_is_absent_without_affinity():
         ({"local_wieght": 0.1}, r"method_kwargs\.logo\.local_wieght; did you mean method_kwargs\.logo\.local_weight"),
         ({"lambda": 0.1}, "did you mean method_kwargs.logo"),
         ({"affinity": "none"}, "true or false, got 'none'"),
+        ({"affinity": None}, "true or false, got None"),
+        ({"preset": "papre"}, r"method_kwargs\.logo: preset must be one of \('paper', 'release'\), got 'papre'"),
         ({"local_predictor": 1}, r"local_predictor must be true or false, got 1"),
         ({"average_targets": "yes"}, r"average_targets must be True or False, got 'yes'"),
         ({"local_weight": -1.0}, r"method_kwargs\.logo: local_weight must be a finite number >= 0"),
@@ -276,6 +279,11 @@ def test_too_few_crops():
         ({"local_weight": 0.5, "repulsion": "logit"}, "run-logo-lambda0.5-repulsionlogit"),
         ({"gradient_ratio": 0.015}, "run-logo-gradient_ratio0.015"),
         ({"affinity": False, "reduction": "sum"}, "run-logo-affinityFalse-reductionsum"),
+        ({"preset": "paper"}, "run-logo-lambda0.0001-presetpaper"),
+        ({"preset": "paper", "reduction": "pairs"}, "run-logo-lambda0.0001-presetpaper-reductionpairs"),
+        ({"preset": "paper", "gradient_ratio": 0.1}, "run-logo-presetpaper-gradient_ratio0.1"),
+        ({"preset": "release"}, "run-logo-presetrelease"),
+        ({"preset": "release", "local_weight": 0.5}, "run-logo-lambda0.5-presetrelease"),
         (
             {"local_predictor": True, "average_targets": True},
             "run-logo-lambda0.0001-local_predictorTrue-average_targetsTrue",
@@ -440,6 +448,17 @@ def test_overlay(method):
     assert dict(cfg.method_kwargs.logo) == adapter.OPTIONS | {"local_weight": 0.5}  # the overlay gives the defaults
 
 
+def test_preset_in_one_word():
+    """What the overlay leaves at null is the preset's, and args.json says what that was."""
+    _, adapter = import_solo()
+    overrides = ["method_kwargs.logo.preset=paper", "method_kwargs.logo.positive_noise=0.1"]
+    cfg = compose("imagenet-100", "byol", "+logo=byol", *overrides)
+    assert dict(cfg.method_kwargs.logo) == adapter.OPTIONS | PRESETS["paper"] | {
+        "preset": "paper",
+        "positive_noise": 0.1,
+    }
+
+
 @pytest.mark.parametrize(
     ("group", "sizes"), [("cifar", [32, 32, [32, 32]]), ("stl10", [96, 96, [96, 96]]), ("custom", [224, 224, 64])]
 )
@@ -568,7 +587,7 @@ def test_every_loss_option_is_a_config_option():
     import inspect
 
     keywords = set(inspect.signature(LoGoLoss).parameters) - {"similarity"}
-    own = {"affinity_hidden_dim", "fast_crops", "weigh_overlap", "local_predictor"}
+    own = {"affinity_hidden_dim", "fast_crops", "weigh_overlap", "local_predictor", "preset"}
     assert keywords | own == set(adapter.OPTIONS)
 
 

@@ -1,9 +1,9 @@
 """The LoGo objective (Zhang et al., CVPR 2022, https://arxiv.org/abs/2203.17205)."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations, permutations
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,30 @@ from logo_plugin.affinity import full_precision
 
 Views = Tensor | Sequence[Tensor]
 Similarity = Callable[[Tensor, Tensor], Tensor]
+
+# Each spells out every option, so that no preset moves when a default does.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "local_weight": 1e-4,
+        "gradient_ratio": None,
+        "local_global_weight": 1.0,
+        "affinity_loss": "difference",
+        "positive_noise": 0.0,
+        "repulsion": "logit",
+        "reduction": "sum",
+        "average_targets": False,
+    },
+    "release": {
+        "local_weight": None,
+        "gradient_ratio": 0.015,
+        "local_global_weight": 1.0,
+        "affinity_loss": "logistic",
+        "positive_noise": 0.3,
+        "repulsion": "softplus",
+        "reduction": "pairs",
+        "average_targets": False,
+    },
+}
 
 
 class LoGoTerms(NamedTuple):
@@ -110,6 +134,27 @@ class LoGoLoss(nn.Module):
         if not isinstance(average_targets, bool):
             raise ValueError(f"average_targets must be True or False, got {average_targets!r}.")
         self.average_targets = average_targets
+
+    @classmethod
+    def paper(cls, **options: Any) -> "LoGoLoss":
+        """The paper's Eq. 3 to 9 to the letter, with its lambda for SimSiam.
+
+        Args:
+            **options: Arguments of `LoGoLoss`; they win over the preset.
+        """
+        return cls(**with_preset("paper", options))
+
+    @classmethod
+    def release(cls, **options: Any) -> "LoGoLoss":
+        """The settings of the official release, which differ from the paper.
+
+        The release caps the repulsion's gradient at the encoder, in an optimizer step of its own;
+        here the same ratio caps it at `local_proj`.
+
+        Args:
+            **options: Arguments of `LoGoLoss`; they win over the preset.
+        """
+        return cls(**with_preset("release", options))
 
     def forward(
         self,
@@ -250,6 +295,25 @@ class LoGoLoss(nn.Module):
             "average_targets",
         )
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+def with_preset(name: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `LoGoLoss`: the given ones over those of a preset.
+
+    Args:
+        name: A key of `PRESETS`, or None for no preset.
+        options: What was given; None counts as not given. Either of `local_weight` and `gradient_ratio`
+            replaces both of the preset's, since they exclude each other.
+
+    Raises:
+        ValueError: If there is no such preset.
+    """
+    preset = {} if name is None else dict(PRESETS[_choice("preset", name, tuple(PRESETS))])
+    given = {option: value for option, value in options.items() if value is not None}
+    weights = {"local_weight", "gradient_ratio"}
+    if weights & given.keys():
+        preset = {option: value for option, value in preset.items() if option not in weights}
+    return preset | given
 
 
 def negative_cosine(pred: Tensor, target: Tensor) -> Tensor:
