@@ -436,7 +436,7 @@ def compose(config_dir: str, name: str, *overrides: str):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_overlay(method):
-    _, adapter = import_solo()
+    methods, adapter = import_solo()
     folder = "cifar" if method == "nnsiam" else "imagenet-100"
     if not Path(ROOT, "scripts/pretrain", folder, f"{method}.yaml").is_file():
         folder = "cifar"
@@ -445,6 +445,7 @@ def test_overlay(method):
     assert [crop.crop_size for crop in cfg.augmentations] == [224, 224, 96]
     assert (cfg.data.num_large_crops, cfg.data.num_small_crops) == (2, 2)
     assert set(cfg.method_kwargs.logo) == set(adapter.OPTIONS)
+    cfg = methods.METHODS[cfg.method].add_and_assert_specific_cfg(cfg)
     assert dict(cfg.method_kwargs.logo) == adapter.OPTIONS | {"local_weight": 0.5}  # the overlay gives the defaults
 
 
@@ -452,7 +453,7 @@ def test_preset_in_one_word():
     """What the overlay leaves at null is the preset's, and args.json says what that was."""
     _, adapter = import_solo()
     overrides = ["method_kwargs.logo.preset=paper", "method_kwargs.logo.positive_noise=0.1"]
-    cfg = compose("imagenet-100", "byol", "+logo=byol", *overrides)
+    cfg = adapter.LoGoBYOL.add_and_assert_specific_cfg(compose("imagenet-100", "byol", "+logo=byol", *overrides))
     assert dict(cfg.method_kwargs.logo) == adapter.OPTIONS | PRESETS["paper"] | {
         "preset": "paper",
         "positive_noise": 0.1,
