@@ -1,8 +1,7 @@
 """A predictor of their own for local crops (MULAN, https://arxiv.org/abs/2602.05845).
 
-Global and local crops are two prediction tasks; one predictor for both is what MULAN finds to
-destabilise multi-crop BYOL, SimSiam and MoCo v3. The copy starts from the host's predictor, so that
-any architecture and initialisation is kept; MULAN initialises each predictor independently.
+It is a copy of the host's predictor, whatever its architecture and however initialised; MULAN initialises
+each predictor independently.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,10 +13,9 @@ from torch import nn
 
 @contextmanager
 def stand_in(module: nn.Module | None, other: nn.Module | None) -> Iterator[None]:
-    """While it lasts, whoever calls `module` gets what `other` computes; with None for `other`, nothing changes.
+    """While it lasts, who calls `module` gets what `other` computes, whatever name the host calls it by.
 
-    The call itself is redirected, not an attribute of the model, so it does not matter where and under
-    which name the host keeps the module. torch.compile sees one more variant of it.
+    With None for either, nothing changes.
     """
     if module is None or other is None:
         yield
@@ -32,13 +30,7 @@ def stand_in(module: nn.Module | None, other: nn.Module | None) -> Iterator[None
 
 
 def join_groups(groups: Iterable[dict[str, Any]], module: nn.Module, other: nn.Module) -> None:
-    """Adds each parameter of `other` to the optimizer group of its twin in `module`, unless it is in one.
-
-    Args:
-        groups: Parameter groups; changed in place.
-        module: The original.
-        other: Its copy.
-    """
+    """Adds parameters of `other`, a copy of `module`, to their twins' optimizer groups, unless they are in one."""
     groups = list(groups)
     for group in groups:
         group["params"] = list(group["params"])  # hosts give iterators, too

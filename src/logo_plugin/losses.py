@@ -73,16 +73,14 @@ class LoGoLoss(nn.Module):
         positive_noise: Gaussian noise of standard deviation `positive_noise / sqrt(D)` on the positive
             pairs of the affinity loss (release: 0.3; 0 turns it off).
         repulsion: a(z, z') of local_local, "softplus" of the logit (release) or the "logit" (Eq. 5).
-        average_targets: Compare each local crop with the mean of the global targets in place of each of them:
-            the "mean encoding" of asym-siam (Wang et al., CVPR 2022, https://arxiv.org/abs/2204.00613), which
-            lowers the variance of the target. As there, projections are averaged as they come and the
-            similarity normalises their mean; for hosts that normalise before (MoCo), the mean gets the
-            targets' own norm again. Weights and global_global stay. For the cosine of unit targets,
-            mean_j cos(p, t_j) = |m| cos(p, m) with their mean m: the gradient's direction for each image
-            stays, and what changes is that images whose targets disagree no longer count less.
         reduction: "pairs" is the mean over all global-global and local-global pairs (release), "sum"
             the mean over global-global plus the sum over local-global pairs (Eq. 9). Without local
             crops both are exactly the host method's loss.
+        average_targets: Compare each local crop with the mean of the global targets instead of each of them,
+            at unchanged weights ("mean encoding" of asym-siam, https://arxiv.org/abs/2204.00613). As there,
+            the mean is of the targets as they come, and normalised afterwards. With the cosine, for unit
+            targets of mean m, mean_j cos(p, t_j) = |m| cos(p, m): only the images' weights change, those
+            whose targets disagree no longer count less.
 
     Raises:
         ValueError: If an option is unknown or out of its range.
@@ -137,23 +135,12 @@ class LoGoLoss(nn.Module):
 
     @classmethod
     def paper(cls, **options: Any) -> "LoGoLoss":
-        """The paper's Eq. 3 to 9 to the letter, with its lambda for SimSiam.
-
-        Args:
-            **options: Arguments of `LoGoLoss`; they win over the preset.
-        """
+        """Eq. 3 to 9 of the paper with its lambda for SimSiam, except for the `options` given."""
         return cls(**with_preset("paper", options))
 
     @classmethod
     def release(cls, **options: Any) -> "LoGoLoss":
-        """The settings of the official release, which differ from the paper.
-
-        The release caps the repulsion's gradient at the encoder, in an optimizer step of its own;
-        here the same ratio caps it at `local_proj`.
-
-        Args:
-            **options: Arguments of `LoGoLoss`; they win over the preset.
-        """
+        """The official release's settings, except for the `options` given; its three optimizer steps stay one."""
         return cls(**with_preset("release", options))
 
     def forward(
@@ -308,11 +295,10 @@ def with_preset(name: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: If there is no such preset.
     """
-    preset = {} if name is None else dict(PRESETS[_choice("preset", name, tuple(PRESETS))])
+    preset = {} if name is None else PRESETS[_choice("preset", name, tuple(PRESETS))]
     given = {option: value for option, value in options.items() if value is not None}
-    weights = {"local_weight", "gradient_ratio"}
-    if weights & given.keys():
-        preset = {option: value for option, value in preset.items() if option not in weights}
+    if given.keys() & {"local_weight", "gradient_ratio"}:
+        preset = preset | {"local_weight": None, "gradient_ratio": None}
     return preset | given
 
 
