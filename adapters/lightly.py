@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from logo_plugin.affinity import Affinity
 from logo_plugin.crops import CropBoxes, crop_overlap
-from logo_plugin.losses import LoGoLoss, LoGoTerms, info_nce
+from logo_plugin.local_predictor import join_groups, stand_in
+from logo_plugin.losses import LoGoLoss, LoGoTerms, info_nce, with_preset
 from logo_plugin.wrapping import unknown_option
 
 _ONLINE = ("forward_student", "forward_query_encoder", "forward")
@@ -42,6 +43,8 @@ def wrap(
     global_crops: int = 2,
     concat_local_crops: bool = False,
     weigh_overlap: bool = False,
+    local_predictor: bool = False,
+    preset: str | None = None,
     **options: Any,
 ) -> Any:
     """Adds LoGo to a BYOL, MoCo or SimSiam model in lightly's style.
@@ -69,6 +72,10 @@ def wrap(
             BatchNorm statistics are then shared.
         weigh_overlap: Multiply the repulsion of two local crops by 1 - IoU of their boxes. Needs
             `MultiCropCollate(return_boxes=True)`; a plain module takes them as `model(views, boxes)`.
+        local_predictor: Give local crops a predictor of their own (MULAN, arXiv 2602.05845): a copy of the
+            model's, made when wrapping, in the same optimizer group and with the same initial values
+            (MULAN draws others). The model's own then sees global crops only.
+        preset: "paper" or "release": the options of `LoGoLoss.paper` or `LoGoLoss.release`, except those given.
         **options: Options of `LoGoLoss`, except `similarity`: the model's criterion serves.
 
     Returns:
@@ -85,8 +92,11 @@ def wrap(
     base: Any = x if inspect.isclass(x) else type(x)
     if issubclass(base, _LoGo):
         raise ValueError(f"{base.__name__} is wrapped already.")
+    options = with_preset(preset, options)
     LoGoLoss(**options)  # a bad value should fail here, not when the class is instantiated
-    cls: Any = _subclass(base, {"affinity": affinity, "settings": settings, "options": options})
+    cls: Any = _subclass(
+        base, {"affinity": affinity, "local_predictor": local_predictor, "settings": settings, "options": options}
+    )
     if inspect.isclass(x):
         return cls
     x.__class__ = cls
@@ -124,6 +134,7 @@ class _LoGo(nn.Module):
     _logo_config: dict[str, Any]
     _logo_base: type[nn.Module]
     logo: LoGoLoss
+    logo_local_predictor: nn.Module | None
     logo_settings: _Settings
     logo_terms: LoGoTerms | None
 
@@ -143,6 +154,13 @@ class _LoGo(nn.Module):
             affinity = Affinity(_width(_heads(self, settings.projector).projector))
         settings = replace(settings, criterion=settings.criterion or _find_criterion(self))
         _resolve(self, settings.criterion)
+        predictor = _heads(self, settings.projector).predictor if config["local_predictor"] else None
+        if config["local_predictor"] and predictor is None:
+            raise ValueError(
+                f"local_predictor=True copies the predictor, and {type(self).__name__} has no "
+                f"{' / '.join(_PREDICTOR)}. Methods without a predictor, such as MoCo v2, go without the option."
+            )
+        self.logo_local_predictor = copy.deepcopy(predictor)
         self.logo = LoGoLoss(affinity=affinity, **config["options"]).to(next(self.parameters()).device)
         self.logo_settings, self.logo_terms = settings, None
 
@@ -175,8 +193,11 @@ class _LightningLoGo(_LoGo):
 
     def configure_optimizers(self) -> Any:
         configured = super().configure_optimizers()  # type: ignore[misc]
+        groups = [group for optimizer in _optimizers(configured) for group in optimizer.param_groups]
+        predictor = _heads(self, self.logo_settings.projector).predictor
+        if predictor is not None and self.logo_local_predictor is not None:
+            join_groups(groups, predictor, self.logo_local_predictor)
         if self.logo.affinity is not None:
-            groups = [group for optimizer in _optimizers(configured) for group in optimizer.param_groups]
             known = {id(parameter) for group in groups for parameter in group["params"]}
             missing = [p for p in self.logo.affinity.parameters() if id(p) not in known]
             if groups and missing:
@@ -347,10 +368,12 @@ def _forward_local(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Online predictions and projections of the local crops."""
     batches = [torch.cat(list(local_views))] if model.logo_settings.concat_local_crops else local_views
+    predictor = _heads(model, model.logo_settings.projector).predictor
     preds: list[Tensor] = []
     projs: list[Tensor] = []
     for batch in batches:
-        pred, proj = _online(model, batch, global_view)
+        with stand_in(predictor, model.logo_local_predictor):
+            pred, proj = _online(model, batch, global_view)
         if not isinstance(pred, Tensor) or pred.shape != (len(batch), features):
             got = tuple(pred.shape) if isinstance(pred, Tensor) else type(pred).__name__
             raise RuntimeError(
@@ -373,12 +396,14 @@ def _online(model: _LoGo, images: Tensor, global_view: Tensor) -> tuple[Any, Seq
             methods.append(_COMPOSE)
     for method in methods:
         pred, ran = _run(model, method, images, global_view, heads)
-        if heads.projector in ran and (settings.online or heads.predictor is None or heads.predictor in ran):
+        trusted = settings.online and model.logo_local_predictor is None
+        if heads.projector in ran and (trusted or heads.predictor is None or heads.predictor in ran):
             settings.online = method
             return pred, ran[heads.projector]
+    also = "" if heads.predictor is None else " and predictor"
     raise RuntimeError(
-        f"no method of {type(model).__name__} that LoGo knows runs the projector (tried {methods}). Name the method "
-        "from images to predictions with online=, or the projector with projector=."
+        f"no method of {type(model).__name__} that LoGo knows runs the projector{also} (tried {methods}). Name the "
+        "method from images to predictions with online=, or the projector with projector=."
     )
 
 

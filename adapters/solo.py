@@ -4,6 +4,7 @@ Importing this module registers them with solo-learn. Each is solo-learn's own c
 training step runs on the two global crops; the local crops and LoGo's terms come on top.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,17 +20,25 @@ from solo.losses.mocov3 import mocov3_loss_func
 from solo.losses.simsiam import simsiam_loss_func
 from solo.methods.base import BaseMethod, BaseMomentumMethod
 from solo.utils.knn import WeightedKNNClassifier
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from logo_plugin.affinity import Affinity, full_precision
 from logo_plugin.crops import MultiCropTransform, crop_overlap
 from logo_plugin.decoding import decode
-from logo_plugin.losses import LoGoLoss, Similarity
+from logo_plugin.local_predictor import join_groups, stand_in
+from logo_plugin.losses import PRESETS, LoGoLoss, Similarity, with_preset
 from logo_plugin.wrapping import unknown_option
 
 # method_kwargs.logo.*: the adapter's own keys, and every keyword of LoGoLoss that a config can hold.
-_OWN: dict[str, Any] = {"affinity": True, "affinity_hidden_dim": 256, "fast_crops": False, "weigh_overlap": False}
+_OWN: dict[str, Any] = {
+    "affinity": True,
+    "affinity_hidden_dim": 256,
+    "fast_crops": False,
+    "weigh_overlap": False,
+    "local_predictor": False,
+    "preset": None,
+}
 OPTIONS: dict[str, Any] = _OWN | {
     name: parameter.default
     for name, parameter in inspect.signature(LoGoLoss).parameters.items()
@@ -62,6 +71,13 @@ class _LoGo(BaseMethod):
         dim = self._dry_run(cfg)
         affinity = Affinity(dim, own["affinity_hidden_dim"]) if own["affinity"] else None
         self.logo = LoGoLoss(affinity=affinity, **options)
+        predictor = getattr(self, "predictor", None)
+        if own["local_predictor"] and not isinstance(predictor, nn.Module):
+            raise ValueError(
+                f"method_kwargs.logo.local_predictor copies the method's predictor, and {cfg.method} has none. "
+                "Set it to false."
+            )
+        self.logo_local_predictor = copy.deepcopy(predictor) if own["local_predictor"] else None
         # solo-learn's own step sees two crops; the local ones are LoGo's.
         self.num_local_crops: int = self.num_small_crops
         self.num_crops, self.num_small_crops, self.multicrop = self.num_large_crops, 0, False
@@ -111,9 +127,11 @@ class _LoGo(BaseMethod):
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
-        """solo-learn's parameter groups, and one for the affinity."""
+        """solo-learn's parameter groups, and one for the affinity; a local predictor joins the predictor's."""
         group = {"name": "affinity", "params": list(self.logo.parameters()), "weight_decay": 0}
         stock: list[dict[str, Any]] = super().learnable_params
+        if self.logo_local_predictor is not None:
+            join_groups(stock, self.predictor, self.logo_local_predictor)
         return [*stock, group] if group["params"] else stock
 
     def setup(self, stage: str) -> None:
@@ -153,7 +171,8 @@ class _LoGo(BaseMethod):
                 "LoGo needs a training_step that calls super().training_step() and returns the loss as a tensor; "
                 f"{type(self).__name__}'s {'does not call it' if found is None else 'returns no tensor'}."
             )
-        local = [self(crop) for crop in crops[self.num_large_crops :]]
+        with stand_in(getattr(self, "predictor", None), self.logo_local_predictor):
+            local = [self(crop) for crop in crops[self.num_large_crops :]]
         terms = self.logo.extend(
             host_loss,
             global_global=host_loss / self.outputs.scale,
@@ -315,33 +334,34 @@ def _logo_class(method: type, outputs: _Outputs, *mixins: type, module: str | No
 
 
 def _checked(given: Any) -> dict[str, Any]:
-    """All options with their defaults."""
+    """All options, each as given, as the preset has it, or at its default."""
     if not isinstance(given, dict):
         raise ValueError(f"method_kwargs.logo must be a mapping of options, got {given!r}.")
     for name in given:
         if name not in OPTIONS:
             raise ValueError(unknown_option(str(name), OPTIONS, "method_kwargs.logo."))
-    options = OPTIONS | given
-    for name in ("affinity", "fast_crops", "weigh_overlap"):
-        if not isinstance(options[name], bool):
-            raise ValueError(f"method_kwargs.logo.{name} must be true or false, got {options[name]!r}.")
+    for name in ("affinity", "fast_crops", "weigh_overlap", "local_predictor"):
+        if not isinstance(given.get(name, False), bool):
+            raise ValueError(f"method_kwargs.logo.{name} must be true or false, got {given[name]!r}.")
+    try:
+        options = OPTIONS | with_preset(given.get("preset"), given)
+        LoGoLoss(**{name: options[name] for name in options if name not in _OWN})
+    except ValueError as error:
+        raise ValueError(f"method_kwargs.logo: {error}") from error
     if options["weigh_overlap"] and not options["fast_crops"]:
         raise ValueError(
             "method_kwargs.logo.weigh_overlap needs the crops' boxes: set method_kwargs.logo.fast_crops=true."
         )
-    try:
-        LoGoLoss(**{name: options[name] for name in options if name not in _OWN})
-    except ValueError as error:
-        raise ValueError(f"method_kwargs.logo: {error}") from error
     return options
 
 
 def _name_suffix(options: Mapping[str, Any]) -> str:
-    """Every option that is not at its default, and lambda always."""
-    differing = {name: value for name, value in options.items() if value != OPTIONS[name]}
-    if "gradient_ratio" not in differing and options["affinity"]:
-        weight = LoGoLoss(local_weight=differing.pop("local_weight", None)).local_weight
-        differing = {"lambda": f"{weight:g}"} | differing
+    """Every option that is not at its default or as the named preset has it, and lambda always."""
+    usual = OPTIONS | PRESETS.get(options["preset"], {})
+    differing = {name: value for name, value in options.items() if value not in (None, usual[name])}
+    if options["gradient_ratio"] is None and options["affinity"]:
+        weight = LoGoLoss(local_weight=options["local_weight"]).local_weight
+        differing = {"lambda": f"{weight:g}"} | {n: v for n, v in differing.items() if n != "local_weight"}
     return "-logo" + "".join(f"-{name}{value}" for name, value in differing.items())
 
 

@@ -5,6 +5,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.multiprocessing as mp
+from lightly.loss import NegativeCosineSimilarity
 from photos import tiles
 from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
@@ -55,6 +56,13 @@ def work(rank, folder):
             learner.zero_grad()
             loss_of_rank(learner, rank).backward()
         torch.save(gradients(learner.module), f"{folder}/{rank}-{i}.pt")
+    torch.manual_seed(0)
+    model = wrap(hosts.PlainSimSiam(), criterion=NegativeCosineSimilarity(), local_predictor=True)
+    learner = DistributedDataParallel(model, find_unused_parameters=False)
+    torch.manual_seed(rank)
+    for _ in range(2):
+        learner(list(torch.randn(4, 4, 3, 24, 24))).backward()
+    torch.save(gradients(model.logo_local_predictor), f"{folder}/{rank}-local.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -67,6 +75,9 @@ def test_two_ranks_average_what_one_process_computes(tmp_path):
             found = torch.load(tmp_path / f"{rank}-{i}.pt")
             for name, expected in gradients(learner).items():
                 torch.testing.assert_close(found[name], expected, msg=lambda text, name=name: f"{name}: {text}")
+    first, second = (torch.load(tmp_path / f"{rank}-local.pt") for rank in (0, 1))
+    for name, gradient in first.items():  # a predictor of their own for local crops takes part
+        assert torch.equal(gradient, second[name]), name
 
 
 class RanksAgree(pl.Callback):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import logo_plugin
-from logo_plugin import Affinity, MultiCropCollate, wrap
+from logo_plugin import Affinity, LoGoLoss, MultiCropCollate, wrap
 from logo_plugin.crops import crop_overlap
 
 pytestmark = [
@@ -185,6 +185,14 @@ class TestTerms:
         torch.testing.assert_close(*losses)
 
 
+def test_presets():
+    for model in (wrap(hosts.BYOL(), preset="paper"), wrap(hosts.BYOL, preset="paper")()):
+        assert model.logo.extra_repr() == LoGoLoss.paper().extra_repr()
+    other = wrap(hosts.BYOL(), preset="release", local_weight=0.5)
+    assert other.logo.extra_repr() == LoGoLoss.release(local_weight=0.5).extra_repr()
+    loss_of(other.training_step(batch(), 0)).backward()
+
+
 class TestOverlap:
     """Repulsion weighed by crop overlap, with the boxes that the collate gives."""
 
@@ -218,6 +226,119 @@ class TestOverlap:
 def reference_local_local(model, whole):
     model.training_step(whole, 0)
     return model.logo_terms.local_local
+
+
+def gradients_of(module):
+    return [p.grad for p in module.parameters()]
+
+
+PREDICTING = pytest.mark.parametrize("cls", [hosts.BYOL, hosts.SimSiam, hosts.BenchmarkBYOL, hosts.FeatureForwardBYOL])
+
+
+class TestLocalPredictor:
+    @PREDICTING
+    def test_each_predictor_learns_from_its_own_crops(self, cls):
+        host = cls()
+        wrapped = wrap(copy.deepcopy(host), local_predictor=True, affinity=None, reduction="sum")
+        alone = wrap(copy.deepcopy(host), local_predictor=True, affinity=None, local_global_weight=0)
+        for model, whole in ((host, globals_only(batch())), (wrapped, batch()), (alone, batch())):
+            step(model, whole)
+        expected = gradients_of(host.prediction_head)
+        # Eq. 9 adds the local pairs to the host's own loss: whatever differs came from local crops.
+        for found, wanted in zip(gradients_of(wrapped.prediction_head), expected, strict=True):
+            torch.testing.assert_close(found, wanted)
+        assert all(gradient.abs().max() > 0 for gradient in gradients_of(wrapped.logo_local_predictor)[-2:])
+        assert not any(gradient.any() for gradient in gradients_of(alone.logo_local_predictor))
+
+    @PREDICTING
+    def test_it_starts_as_the_hosts_and_is_another(self, cls):
+        host = cls()
+        shared, own = wrap(copy.deepcopy(host)), wrap(copy.deepcopy(host), local_predictor=True)
+        own.logo.affinity.load_state_dict(shared.logo.affinity.state_dict())
+        losses = []
+        for model in (shared, own):
+            torch.manual_seed(0)
+            losses.append(loss_of(model.training_step(batch(), 0)))
+        assert torch.equal(*losses)
+        nn.init.normal_(own.logo_local_predictor.layers[-1].weight)
+        own.training_step(batch(), 0)
+        shared.training_step(batch(), 0)
+        assert torch.equal(own.logo_terms.global_global, shared.logo_terms.global_global)
+        assert not torch.allclose(own.logo_terms.local_global, shared.logo_terms.local_global)
+
+    def test_trains_in_the_predictors_group_and_resumes(self, tmp_path):
+        model = wrap(hosts.BenchmarkBYOL(), local_predictor=True)
+        before = copy.deepcopy(model.logo_local_predictor.state_dict())
+        first = trainer(tmp_path, epochs=1)
+        first.fit(model, loader())
+        twins = {id(p) for p in model.logo_local_predictor.parameters()}
+        homes = [sum(id(p) in twins for p in group["params"]) for group in first.optimizers[0].param_groups]
+        assert homes == [0, len(twins), 0]
+        after = model.logo_local_predictor.state_dict()
+        assert not any(torch.equal(before[name], after[name]) for name in before)
+        first.save_checkpoint(tmp_path / "last.ckpt")
+        resumed = wrap(hosts.BenchmarkBYOL(), local_predictor=True)
+        trainer(tmp_path, epochs=1).fit(resumed, loader(), ckpt_path=tmp_path / "last.ckpt")
+        for name, value in resumed.logo_local_predictor.state_dict().items():
+            assert torch.equal(value, after[name]), name
+
+    def test_weights_and_biases_join_groups_of_their_own(self):
+        class Split(hosts.BYOL):
+            def configure_optimizers(self):
+                head = list(self.prediction_head.parameters())
+                return torch.optim.SGD([{"params": [p for p in head if p.ndim == ndim]} for ndim in (1, 2)], lr=0.1)
+
+        model = wrap(Split(), local_predictor=True, affinity=None)
+        groups = model.configure_optimizers().param_groups
+        own = list(model.logo_local_predictor.parameters())
+        for group, ndim in zip(groups, (1, 2), strict=True):
+            expected = [p for p in [*model.prediction_head.parameters(), *own] if p.ndim == ndim]
+            assert [id(p) for p in group["params"]] == [id(p) for p in expected]
+
+    @pytest.mark.parametrize("method", ["byol", "simsiam"])
+    def test_plain_loop(self, method):
+        cls, make_criterion = hosts.PLAIN[method]
+        model = wrap(cls(), criterion=make_criterion(), local_predictor=True).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        before = copy.deepcopy(model.logo_local_predictor.layers[-1].weight)
+        model([view.double() for view in batch()[0]]).backward()
+        optimizer.step()
+        assert not torch.equal(model.logo_local_predictor.layers[-1].weight, before)
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    def test_copies(self, copied):
+        model = wrap(hosts.SimSiam(), local_predictor=True)
+        other = copied(model)
+        results = [step(m, batch()) for m in (model, other)]
+        assert torch.equal(results[0][0], results[1][0])
+        assert results[0][1].keys() == results[1][1].keys()
+        assert other.logo_local_predictor is not model.logo_local_predictor
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+    def test_compiled_predictor(self):
+        plain = hosts.BYOL()
+        compiled = copy.deepcopy(plain)
+        compiled.prediction_head = torch.compile(compiled.prediction_head, backend="eager")
+        models = [wrap(model, local_predictor=True, affinity=None) for model in (plain, compiled)]
+        for _ in range(2):  # the second step runs what the first compiled
+            for model in models:
+                model.zero_grad()
+                step(model, batch())
+            for name in ("prediction_head", "logo_local_predictor"):
+                for a, b in zip(*(gradients_of(getattr(model, name)) for model in models), strict=True):
+                    torch.testing.assert_close(a, b)
+
+    def test_a_failed_forward_gives_the_predictor_back(self):
+        model = wrap(FixedSize(), local_predictor=True)
+        with pytest.raises(RuntimeError, match="failed on local crops"):
+            model.training_step(batch(), 0)
+        assert "forward" not in model.prediction_head.__dict__
+
+    def test_online_that_skips_the_predictor(self):
+        model = hosts.BYOL()
+        skips = lambda x: model.projection_head(model.backbone(x).flatten(1))  # noqa: E731
+        with pytest.raises(RuntimeError, match="runs the projector and predictor"):
+            wrap(model, online=skips, local_predictor=True).training_step(batch(), 0)
 
 
 class TestRouting:
@@ -502,6 +623,8 @@ class TestErrors:
             (hosts.BYOL, {"criterion": "loss"}, ValueError, r"criterion='loss' is neither a loss module nor"),
             (hosts.BYOL, {"affinity": 16}, ValueError, r"affinity must be a module .*got 16"),
             (hosts.BYOL, {"global_crops": 1}, ValueError, r"global_crops must be an integer >= 2, got 1"),
+            (hosts.BYOL, {"preset": "papre"}, ValueError, r"preset must be one of \('paper', 'release'\), got 'papre'"),
+            (hosts.MoCo, {"local_predictor": True}, ValueError, r"local_predictor=True .* MoCo has no prediction_head"),
             (hosts.BYOL, {"projector": "head"}, ValueError, r"BYOL has no head, .*projector='...'"),
         ],
     )

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from logo_plugin import Affinity, LoGoLoss, info_nce
-from logo_plugin.losses import affinity_loss, local_local_loss
+from logo_plugin.losses import PRESETS, affinity_loss, local_local_loss
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "logo_reference.json").read_text())
 INPUTS = {name: torch.tensor(value, dtype=torch.float64) for name, value in GOLDEN["inputs"].items()}
@@ -25,7 +26,7 @@ COMBINATIONS = [
     for form in ("logistic", "difference")
     for repulsion in ("softplus", "logit")
     for reduction in ("pairs", "sum")
-    for weight in ({"local_weight": 0.3}, {"gradient_ratio": 0.1})
+    for weight in ({"local_weight": 0.3}, {"gradient_ratio": 0.1}, {"local_weight": 0.3, "average_targets": True})
 ]
 
 
@@ -127,6 +128,64 @@ class TestGolden:
         close(terms.total, expected["eq9_without_local_local"])
 
 
+class TestPresets:
+    def test_paper_by_the_golden_values(self, affinity):
+        arguments = {
+            "global_pred": INPUTS["prediction_global"],
+            "global_target": INPUTS["projection_global"],
+            "local_pred": INPUTS["prediction_local"],
+            "local_proj": INPUTS["query_local"],
+        }
+        terms = LoGoLoss.paper(affinity=affinity)(**arguments)
+        repulsion = EXPECTED["local_local_logit_eq5"]["value"]
+        close(terms.local_local, repulsion)
+        close(terms.total - terms.affinity, EXPECTED["negative_cosine"]["eq9_symmetric_gg"] + 1e-4 * repulsion)
+        twin = copy.deepcopy(affinity)
+        torch.manual_seed(0)
+        terms = LoGoLoss.paper(affinity=affinity)(**arguments)
+        torch.manual_seed(0)  # the same negatives; Eq. 6 has no noise
+        close(terms.affinity, affinity_loss(twin, INPUTS["query_local"], form="difference"))
+
+    def test_release_by_the_golden_values(self, affinity):
+        nce = functools.partial(info_nce, queue=INPUTS["queue_DxK"], temperature=GOLDEN["sizes"]["temperature"])
+        local = INPUTS["query_local"].clone().requires_grad_()
+        criterion = LoGoLoss.release(affinity=copy.deepcopy(affinity), similarity=nce)
+        terms = criterion(
+            global_pred=INPUTS["query_global"], global_target=INPUTS["key_global"], local_pred=local, local_proj=local
+        )
+        close(terms.local_local, EXPECTED["local_local_softplus"]["value"])
+        pull, push, whole = (
+            torch.autograd.grad(term, local, retain_graph=True)[0]
+            for term in (4 / 6 * terms.local_global, terms.local_local, terms.total)
+        )
+        weight = 0.015 * pull.norm() / push.norm()
+        close(whole, pull + weight * push)
+        close(terms.total - terms.affinity - weight * terms.local_local, EXPECTED["info_nce"]["mean_of_six"])
+        assert (criterion.affinity_loss, criterion.positive_noise) == ("logistic", 0.3)
+
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_presets_do_not_depend_on_defaults(self, name):
+        keywords = inspect.signature(LoGoLoss).parameters.keys() - {"affinity", "similarity"}
+        assert PRESETS[name].keys() == keywords
+
+    @pytest.mark.parametrize(
+        ("preset", "options", "expected"),
+        [
+            ("paper", {"reduction": "pairs"}, {"reduction": "pairs", "repulsion": "logit", "local_weight": 1e-4}),
+            ("paper", {"gradient_ratio": 0.1}, {"gradient_ratio": 0.1, "repulsion": "logit"}),
+            ("release", {"local_weight": 0.5}, {"gradient_ratio": None, "local_weight": 0.5, "positive_noise": 0.3}),
+            ("release", {"local_weight": None, "reduction": None}, {"gradient_ratio": 0.015, "reduction": "pairs"}),
+        ],
+    )
+    def test_given_options_win(self, preset, options, expected):
+        criterion = getattr(LoGoLoss, preset)(**options)
+        assert {name: getattr(criterion, name) for name in expected} == expected
+
+    def test_both_weights_are_still_too_many(self):
+        with pytest.raises(ValueError, match="not both"):
+            LoGoLoss.release(local_weight=0.1, gradient_ratio=0.1)
+
+
 class TestObjective:
     @pytest.mark.parametrize(("globals_", "locals_"), [(2, 2), (2, 3), (3, 4)])
     @pytest.mark.parametrize("reduction", ["pairs", "sum"])
@@ -191,6 +250,53 @@ class TestObjective:
         del arguments["global_pred"]
         terms = LoGoLoss().extend(4 * gg + 7, global_global=gg, global_pairs=2, scale=4.0, **arguments)
         close(terms.total, expected)
+
+    @pytest.mark.parametrize("reduction", ["pairs", "sum"])
+    def test_average_targets_longhand(self, reduction):
+        """Two unequal targets: the local crops meet their mean, at the weight that two targets have."""
+        _, arguments = encoder_outputs(2, 3)
+        arguments["global_target"][1] = 3 * arguments["global_target"][1]  # projections, averaged as they come
+        criterion = LoGoLoss(average_targets=True, reduction=reduction, local_global_weight=0.5)
+        terms = criterion(**arguments)
+        mean = (arguments["global_target"][0] + arguments["global_target"][1]) / 2
+        local_global = -sum(F.cosine_similarity(p, mean).mean() for p in arguments["local_pred"]) / 3
+        close(terms.local_global, local_global)
+        each = LoGoLoss(reduction=reduction, local_global_weight=0.5)(**arguments)
+        assert torch.equal(terms.global_global, each.global_global)
+        gg = terms.global_global
+        pull = (2 * gg + 3 * local_global) / 5 if reduction == "pairs" else gg + 3 * local_global
+        close(terms.total, pull)
+
+    def test_average_of_unit_targets_keeps_the_direction_of_the_gradient(self):
+        gradients = []
+        for average in (False, True):
+            parts, arguments = encoder_outputs()
+            arguments["global_target"] = [F.normalize(t, dim=1) for t in arguments["global_target"]]
+            LoGoLoss(average_targets=average)(**arguments).local_global.backward()
+            gradients.append(parts["local"].grad)
+        mean_norm = (arguments["global_target"][0] + arguments["global_target"][1]).norm(dim=1, keepdim=True) / 2
+        close(gradients[0], mean_norm * gradients[1])
+
+    def test_average_targets_of_a_dot_product_stay_unit(self):
+        """solo-learn's MoCo normalises before its loss and has a queue for each target."""
+        _, arguments = encoder_outputs()
+        unit = {name: [F.normalize(x, dim=1) for x in views] for name, views in arguments.items()}
+        queues = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+        def nce(p, t, queue):
+            logits = torch.cat([(p * t).sum(1, keepdim=True), p @ queue], 1) / 0.2
+            return -logits.log_softmax(1)[:, 0].mean()
+
+        del unit["global_pred"]
+        terms = LoGoLoss(average_targets=True).extend(
+            torch.zeros(()),
+            global_global=torch.zeros(()),
+            global_pairs=2,
+            similarity=[functools.partial(nce, queue=queue) for queue in queues],
+            **unit,
+        )
+        mean = F.normalize(unit["global_target"][0] + unit["global_target"][1], dim=1)
+        close(terms.local_global, sum(nce(p, mean, queue) for p in unit["local_pred"] for queue in queues) / 4)
 
     def test_gradient_ratio_caps_the_gradient(self):
         _, arguments = encoder_outputs()
@@ -393,7 +499,9 @@ class TestModule:
 
     @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo looks at every input's .grad
     @pytest.mark.parametrize("similarity", ["cosine", info_nce])
-    @pytest.mark.parametrize("options", [{}, {"affinity_loss": "difference", "reduction": "sum"}])
+    @pytest.mark.parametrize(
+        "options", [{}, {"affinity_loss": "difference", "reduction": "sum", "average_targets": True}]
+    )
     def test_compiles_without_a_graph_break(self, options, similarity):
         criterion = LoGoLoss(affinity=Affinity(8, 16), similarity=similarity, **options)
         compiled = torch.compile(copy.deepcopy(criterion), fullgraph=True, backend="aot_eager")
@@ -469,6 +577,7 @@ def test_bad_input(changed, message):
         ({"repulsion": "relu"}, r"repulsion must be one of"),
         ({"reduction": "mean"}, r"reduction must be one of \('pairs', 'sum'\), got 'mean'"),
         ({"similarity": "dot"}, r'similarity must be "cosine" or a callable'),
+        ({"average_targets": 1}, r"average_targets must be True or False, got 1"),
         ({"affinity": 256}, r"affinity must be a module such as Affinity\(dim\), or None, got 256"),
     ],
 )

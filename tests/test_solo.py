@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from photos import tiles
 
 from logo_plugin import LoGoLoss, wrap
+from logo_plugin.losses import PRESETS
 
 ROOT = os.environ.get("SOLO_LEARN_ROOT")
 pytestmark = [
@@ -183,6 +184,42 @@ def test_target_network_never_sees_local_crops():
     assert all(torch.equal(x, view) for x, view in zip(seen, data[1], strict=False))
 
 
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "mocov2plus"])
+def test_local_predictor(method):
+    """Each predictor learns from its own crops, in the same optimizer groups, and starts as the method's."""
+    found = {}
+    for own in (False, True):
+        model = build(f"logo_{method}", {"affinity": False, "reduction": "sum", "local_predictor": own})
+        total = model.training_step(batch(), 0)
+        total.backward()
+        found[own] = model, total
+    torch.testing.assert_close(found[True][1], found[False][1], rtol=0, atol=0)
+    stock = build(method)
+    indexes, views, targets = batch()
+    stock.training_step([indexes, views[:2], targets], 0).backward()
+    model = found[True][0]
+    # Eq. 9 adds the local pairs to the method's own loss: whatever differed would come from local crops.
+    for name, parameter in stock.predictor.named_parameters():
+        torch.testing.assert_close(model.predictor.get_parameter(name).grad, parameter.grad, rtol=1e-5, atol=1e-6)
+    last = list(model.logo_local_predictor.parameters())[-1]
+    assert last.grad.abs().max() > 0
+    groups, without = ({g["name"]: g for g in m.learnable_params} for m in (model, stock))
+    assert groups.keys() == without.keys()
+    assert groups["predictor"].get("static_lr") == without["predictor"].get("static_lr")
+    both = [*model.predictor.parameters(), *model.logo_local_predictor.parameters()]
+    assert [id(p) for p in groups["predictor"]["params"]] == [id(p) for p in both]
+    before = last.detach().clone()
+    optimizer = model.configure_optimizers()
+    optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer[0][0]
+    optimizer.step()
+    assert not torch.equal(last, before)
+
+
+def test_local_predictor_needs_a_predictor():
+    with pytest.raises(ValueError, match=r"logo\.local_predictor copies .* logo_mocov2plus has none"):
+        build("logo_mocov2plus", {"local_predictor": True})
+
+
 @pytest.mark.parametrize("method", ["byol", "simsiam"])
 def test_affinity_is_in_the_optimizer(method):
     model = build(f"logo_{method}")
@@ -209,6 +246,10 @@ def test_affinity_group_is_absent_without_affinity():
         ({"local_wieght": 0.1}, r"method_kwargs\.logo\.local_wieght; did you mean method_kwargs\.logo\.local_weight"),
         ({"lambda": 0.1}, "did you mean method_kwargs.logo"),
         ({"affinity": "none"}, "true or false, got 'none'"),
+        ({"affinity": None}, "true or false, got None"),
+        ({"preset": "papre"}, r"method_kwargs\.logo: preset must be one of \('paper', 'release'\), got 'papre'"),
+        ({"local_predictor": 1}, r"local_predictor must be true or false, got 1"),
+        ({"average_targets": "yes"}, r"average_targets must be True or False, got 'yes'"),
         ({"local_weight": -1.0}, r"method_kwargs\.logo: local_weight must be a finite number >= 0"),
         ({"local_weight": 0.1, "gradient_ratio": 0.1}, "not both"),
         ({"reduction": "mean"}, "reduction must be one of"),
@@ -238,6 +279,15 @@ def test_too_few_crops():
         ({"local_weight": 0.5, "repulsion": "logit"}, "run-logo-lambda0.5-repulsionlogit"),
         ({"gradient_ratio": 0.015}, "run-logo-gradient_ratio0.015"),
         ({"affinity": False, "reduction": "sum"}, "run-logo-affinityFalse-reductionsum"),
+        ({"preset": "paper"}, "run-logo-lambda0.0001-presetpaper"),
+        ({"preset": "paper", "reduction": "pairs"}, "run-logo-lambda0.0001-presetpaper-reductionpairs"),
+        ({"preset": "paper", "gradient_ratio": 0.1}, "run-logo-presetpaper-gradient_ratio0.1"),
+        ({"preset": "release"}, "run-logo-presetrelease"),
+        ({"preset": "release", "local_weight": 0.5}, "run-logo-lambda0.5-presetrelease"),
+        (
+            {"local_predictor": True, "average_targets": True},
+            "run-logo-lambda0.0001-local_predictorTrue-average_targetsTrue",
+        ),
     ],
 )
 def test_options_are_in_the_name(logo, name):
@@ -386,7 +436,7 @@ def compose(config_dir: str, name: str, *overrides: str):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_overlay(method):
-    _, adapter = import_solo()
+    methods, adapter = import_solo()
     folder = "cifar" if method == "nnsiam" else "imagenet-100"
     if not Path(ROOT, "scripts/pretrain", folder, f"{method}.yaml").is_file():
         folder = "cifar"
@@ -395,7 +445,19 @@ def test_overlay(method):
     assert [crop.crop_size for crop in cfg.augmentations] == [224, 224, 96]
     assert (cfg.data.num_large_crops, cfg.data.num_small_crops) == (2, 2)
     assert set(cfg.method_kwargs.logo) == set(adapter.OPTIONS)
+    cfg = methods.METHODS[cfg.method].add_and_assert_specific_cfg(cfg)
     assert dict(cfg.method_kwargs.logo) == adapter.OPTIONS | {"local_weight": 0.5}  # the overlay gives the defaults
+
+
+def test_preset_in_one_word():
+    """What the overlay leaves at null is the preset's, and args.json says what that was."""
+    _, adapter = import_solo()
+    overrides = ["method_kwargs.logo.preset=paper", "method_kwargs.logo.positive_noise=0.1"]
+    cfg = adapter.LoGoBYOL.add_and_assert_specific_cfg(compose("imagenet-100", "byol", "+logo=byol", *overrides))
+    assert dict(cfg.method_kwargs.logo) == adapter.OPTIONS | PRESETS["paper"] | {
+        "preset": "paper",
+        "positive_noise": 0.1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -424,7 +486,7 @@ def _train_rank(rank: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2)
     torch.set_num_threads(1)
     for method in RANK_METHODS:
-        model = build(f"logo_{method}")
+        model = build(f"logo_{method}", {"local_predictor": method == "mocov3"})
         optimizer = model.configure_optimizers()
         data = batch(4)
         data[1] = [view + rank for view in data[1]]
@@ -499,7 +561,7 @@ def test_scripts_of_the_clone(tmp_path):
     ]
     pretrain = [
         *(f"{ROOT}/main_pretrain.py", "--config-path", f"{ROOT}/scripts/pretrain/cifar", "--config-name", "simsiam"),
-        *("method=logo_simsiam", "augmentations=logo_cifar", *common),
+        *("method=logo_simsiam", "augmentations=logo_cifar", "+method_kwargs.logo.local_predictor=true", *common),
         *("method_kwargs.proj_hidden_dim=16", "method_kwargs.proj_output_dim=16", "method_kwargs.pred_hidden_dim=16"),
     ]
     run(*pretrain, "max_epochs=1", "+knn_eval.enabled=True")
@@ -526,7 +588,8 @@ def test_every_loss_option_is_a_config_option():
     import inspect
 
     keywords = set(inspect.signature(LoGoLoss).parameters) - {"similarity"}
-    assert keywords | {"affinity_hidden_dim", "fast_crops", "weigh_overlap"} == set(adapter.OPTIONS)
+    own = {"affinity_hidden_dim", "fast_crops", "weigh_overlap", "local_predictor", "preset"}
+    assert keywords | own == set(adapter.OPTIONS)
 
 
 def crop_config(**changes):

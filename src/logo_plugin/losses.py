@@ -1,9 +1,9 @@
 """The LoGo objective (Zhang et al., CVPR 2022, https://arxiv.org/abs/2203.17205)."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations, permutations
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,30 @@ from logo_plugin.affinity import full_precision
 
 Views = Tensor | Sequence[Tensor]
 Similarity = Callable[[Tensor, Tensor], Tensor]
+
+# Each spells out every option, so that no preset moves when a default does.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "local_weight": 1e-4,
+        "gradient_ratio": None,
+        "local_global_weight": 1.0,
+        "affinity_loss": "difference",
+        "positive_noise": 0.0,
+        "repulsion": "logit",
+        "reduction": "sum",
+        "average_targets": False,
+    },
+    "release": {
+        "local_weight": None,
+        "gradient_ratio": 0.015,
+        "local_global_weight": 1.0,
+        "affinity_loss": "logistic",
+        "positive_noise": 0.3,
+        "repulsion": "softplus",
+        "reduction": "pairs",
+        "average_targets": False,
+    },
+}
 
 
 class LoGoTerms(NamedTuple):
@@ -52,6 +76,11 @@ class LoGoLoss(nn.Module):
         reduction: "pairs" is the mean over all global-global and local-global pairs (release), "sum"
             the mean over global-global plus the sum over local-global pairs (Eq. 9). Without local
             crops both are exactly the host method's loss.
+        average_targets: Compare each local crop with the mean of the global targets instead of each of them,
+            at unchanged weights ("mean encoding" of asym-siam, https://arxiv.org/abs/2204.00613). As there,
+            the mean is of the targets as they come, and normalised afterwards. With the cosine, for unit
+            targets of mean m, mean_j cos(p, t_j) = |m| cos(p, m): only the images' weights change, those
+            whose targets disagree no longer count less.
 
     Raises:
         ValueError: If an option is unknown or out of its range.
@@ -79,6 +108,7 @@ class LoGoLoss(nn.Module):
         positive_noise: float = 0.3,
         repulsion: Literal["softplus", "logit"] = "softplus",
         reduction: Literal["pairs", "sum"] = "pairs",
+        average_targets: bool = False,
     ) -> None:
         super().__init__()
         if affinity is not None and not isinstance(affinity, nn.Module):
@@ -99,6 +129,19 @@ class LoGoLoss(nn.Module):
         self.positive_noise = _weight("positive_noise", positive_noise)
         self.repulsion = _choice("repulsion", repulsion, ("softplus", "logit"))
         self.reduction = _choice("reduction", reduction, ("pairs", "sum"))
+        if not isinstance(average_targets, bool):
+            raise ValueError(f"average_targets must be True or False, got {average_targets!r}.")
+        self.average_targets = average_targets
+
+    @classmethod
+    def paper(cls, **options: Any) -> "LoGoLoss":
+        """Eq. 3 to 9 of the paper with its lambda for SimSiam, except for the `options` given."""
+        return cls(**with_preset("paper", options))
+
+    @classmethod
+    def release(cls, **options: Any) -> "LoGoLoss":
+        """The official release's settings, except for the `options` given; its three optimizer steps stay one."""
+        return cls(**with_preset("release", options))
 
     def forward(
         self,
@@ -173,7 +216,7 @@ class LoGoLoss(nn.Module):
             local_overlap: As in `forward`.
             scale: What the host multiplies its mean similarity with; LoGo's pairs get the same.
             similarity: Replaces `self.similarity` for this call (a queue changes every step); a sequence
-                has one for each target.
+                has one for each target. With `average_targets` each is given the same mean target.
 
         Returns:
             `LoGoTerms`; `total` is `host_loss` itself when there are no local crops.
@@ -183,7 +226,7 @@ class LoGoLoss(nn.Module):
         """
         preds, targets = _views("local_pred", local_pred), _views("global_target", global_target)
         if not isinstance(similarity, Sequence):
-            similarity = [similarity or self.similarity] * len(targets)
+            similarity = [similarity or self.similarity] * (1 if self.average_targets else len(targets))
         zero = global_global.new_zeros(())
         if not preds:
             if self.affinity is not None:
@@ -193,8 +236,9 @@ class LoGoLoss(nn.Module):
                 )
             return LoGoTerms(host_loss, global_global, zero, zero, zero)
         _same_shape("local_pred", preds, "global_target", targets)
+        compared = [_mean_target(targets)] * len(similarity) if self.average_targets else targets
         local_global = torch.stack(
-            [score(pred, t.detach()) for pred in preds for score, t in zip(similarity, targets, strict=True)]
+            [score(pred, t.detach()) for pred in preds for score, t in zip(similarity, compared, strict=True)]
         ).mean()
         pairs = self.local_global_weight * len(preds) * len(targets)
         if self.reduction == "pairs":
@@ -228,8 +272,34 @@ class LoGoLoss(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows of the options."""
         weight = "local_weight" if self.gradient_ratio is None else "gradient_ratio"
-        names = (weight, "local_global_weight", "affinity_loss", "positive_noise", "repulsion", "reduction")
+        names = (
+            weight,
+            "local_global_weight",
+            "affinity_loss",
+            "positive_noise",
+            "repulsion",
+            "reduction",
+            "average_targets",
+        )
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+def with_preset(name: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `LoGoLoss`: the given ones over those of a preset.
+
+    Args:
+        name: A key of `PRESETS`, or None for no preset.
+        options: What was given; None counts as not given. Either of `local_weight` and `gradient_ratio`
+            replaces both of the preset's, since they exclude each other.
+
+    Raises:
+        ValueError: If there is no such preset.
+    """
+    preset = {} if name is None else PRESETS[_choice("preset", name, tuple(PRESETS))]
+    given = {option: value for option, value in options.items() if value is not None}
+    if given.keys() & {"local_weight", "gradient_ratio"}:
+        preset = preset | {"local_weight": None, "gradient_ratio": None}
+    return preset | given
 
 
 def negative_cosine(pred: Tensor, target: Tensor) -> Tensor:
@@ -336,6 +406,13 @@ def affinity_loss(
     if form == "logistic":
         return F.softplus(-positive).mean() + F.softplus(negative).mean()
     return negative.mean() - positive.mean()
+
+
+def _mean_target(targets: Sequence[Tensor]) -> Tensor:
+    """The direction of the targets' mean with their mean norm, so that unit targets give a unit target."""
+    stacked = full_precision(torch.stack(list(targets)))
+    mean: Tensor = F.normalize(stacked.mean(0), dim=-1) * stacked.norm(dim=-1, keepdim=True).mean(0)
+    return mean.to(targets[0])
 
 
 def _pairs(views: Tensor, pairing: Callable[[range, int], Iterable[tuple[int, ...]]]) -> list[Tensor]:
