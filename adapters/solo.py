@@ -5,7 +5,7 @@ training step runs on the two global crops; the local crops and LoGo's terms com
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,11 +25,17 @@ from torchmetrics import Metric
 from logo_plugin.affinity import Affinity, full_precision
 from logo_plugin.crops import MultiCropTransform, crop_overlap
 from logo_plugin.decoding import decode
-from logo_plugin.losses import LoGoLoss, Similarity
+from logo_plugin.losses import LoGoLoss, LoGoTerms, Similarity
 from logo_plugin.wrapping import unknown_option
 
 # method_kwargs.logo.*: the adapter's own keys, and every keyword of LoGoLoss that a config can hold.
-_OWN: dict[str, Any] = {"affinity": True, "affinity_hidden_dim": 256, "fast_crops": False, "weigh_overlap": False}
+_OWN: dict[str, Any] = {
+    "affinity": True,
+    "affinity_hidden_dim": 256,
+    "fast_crops": False,
+    "weigh_overlap": False,
+    "monitor": False,
+}
 OPTIONS: dict[str, Any] = _OWN | {
     name: parameter.default
     for name, parameter in inspect.signature(LoGoLoss).parameters.items()
@@ -53,12 +59,14 @@ class _LoGo(BaseMethod):
 
     outputs: _Outputs
     num_small_crops: int
+    logo_terms: LoGoTerms | None = None  # of the last step, detached, as the projections that LoGoMonitor measures
+    logo_local_proj: list[Tensor] | None = None
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
         options = dict(cfg.method_kwargs.logo)
         own = {name: options.pop(name) for name in _OWN}
-        self.fast_crops, self.weigh_overlap = own["fast_crops"], own["weigh_overlap"]
+        self.fast_crops, self.weigh_overlap, self.monitor = (own[n] for n in ("fast_crops", "weigh_overlap", "monitor"))
         dim = self._dry_run(cfg)
         affinity = Affinity(dim, own["affinity_hidden_dim"]) if own["affinity"] else None
         self.logo = LoGoLoss(affinity=affinity, **options)
@@ -116,6 +124,15 @@ class _LoGo(BaseMethod):
         stock: list[dict[str, Any]] = super().learnable_params
         return [*stock, group] if group["params"] else stock
 
+    def configure_callbacks(self) -> Any:
+        """With `monitor`, attaches a `LoGoMonitor`: main_pretrain.py takes no callbacks of the user's."""
+        stock: Any = super().configure_callbacks()
+        if not self.monitor:
+            return stock
+        from logo_plugin.adapters.lightning import LoGoMonitor
+
+        return [*(stock if isinstance(stock, Sequence) else [stock]), LoGoMonitor()]
+
     def setup(self, stage: str) -> None:
         """With `fast_crops`, gives the training data logo_plugin's crops in place of solo-learn's."""
         super().setup(stage)
@@ -154,18 +171,21 @@ class _LoGo(BaseMethod):
                 f"{type(self).__name__}'s {'does not call it' if found is None else 'returns no tensor'}."
             )
         local = [self(crop) for crop in crops[self.num_large_crops :]]
+        local_proj = [_output(out, self.outputs.proj, "proj") for out in local]
         terms = self.logo.extend(
             host_loss,
             global_global=host_loss / self.outputs.scale,
             global_pairs=2,
             global_target=_output(found, self.outputs.target, "target"),
             local_pred=[_output(out, self.outputs.pred, "pred") for out in local],
-            local_proj=[_output(out, self.outputs.proj, "proj") for out in local],
+            local_proj=local_proj,
             scale=self.outputs.scale,
             similarity=similarity,
             local_overlap=overlap,
         )
-        metrics = {f"train_{name}": value.detach() for name, value in terms._asdict().items() if name != "total"}
+        self.logo_terms = LoGoTerms(*(term.detach() for term in terms))
+        self.logo_local_proj = [z.detach() for z in local_proj]
+        metrics = {f"train_{name}": value for name, value in self.logo_terms._asdict().items() if name != "total"}
         self.log_dict(metrics, on_epoch=True, sync_dist=True)
         total: Tensor = terms.total + found["class_loss"]
         return total
@@ -322,7 +342,7 @@ def _checked(given: Any) -> dict[str, Any]:
         if name not in OPTIONS:
             raise ValueError(unknown_option(str(name), OPTIONS, "method_kwargs.logo."))
     options = OPTIONS | given
-    for name in ("affinity", "fast_crops", "weigh_overlap"):
+    for name in ("affinity", "fast_crops", "weigh_overlap", "monitor"):
         if not isinstance(options[name], bool):
             raise ValueError(f"method_kwargs.logo.{name} must be true or false, got {options[name]!r}.")
     if options["weigh_overlap"] and not options["fast_crops"]:
@@ -337,8 +357,8 @@ def _checked(given: Any) -> dict[str, Any]:
 
 
 def _name_suffix(options: Mapping[str, Any]) -> str:
-    """Every option that is not at its default, and lambda always."""
-    differing = {name: value for name, value in options.items() if value != OPTIONS[name]}
+    """Every option that is not at its default, and lambda always; not `monitor`, which changes no training."""
+    differing = {name: value for name, value in options.items() if value != OPTIONS[name] and name != "monitor"}
     if "gradient_ratio" not in differing and options["affinity"]:
         weight = LoGoLoss(local_weight=differing.pop("local_weight", None)).local_weight
         differing = {"lambda": f"{weight:g}"} | differing
