@@ -57,15 +57,13 @@ class LoGoMonitor(_Callback):
         >>> trainer = Trainer(callbacks=[LoGoMonitor()])
     """
 
-    def __init__(
-        self, every_n_steps: int | None = None, crops_every_n_epochs: int | None = 1, images: int = 8
-    ) -> None:
+    def __init__(self, every_n_steps: int | None = None, crops_every_n_epochs: int | None = 1, images: int = 8) -> None:
         super().__init__()
-        given = {"every_n_steps": every_n_steps, "crops_every_n_epochs": crops_every_n_epochs, "images": images}
-        for name, value in given.items():
-            if (value is None and name != "images") or (type(value) is int and value > 0):
-                continue
-            raise ValueError(f"{name} must be a positive integer{'' if name == 'images' else ' or None'}, got {value!r}.")
+        optional = {"every_n_steps": every_n_steps, "crops_every_n_epochs": crops_every_n_epochs}
+        for name, value in {"images": images, **optional}.items():
+            if (type(value) is not int or value < 1) and (value is not None or name not in optional):
+                expected = "a positive integer" + (" or None" if name in optional else "")
+                raise ValueError(f"{name} must be {expected}, got {value!r}.")
         self.every_n_steps, self.crops_every_n_epochs, self.images = every_n_steps, crops_every_n_epochs, images
         self._measured = 0
         self._draw: list[Callable[[Tensor, int, int], None]] = []
@@ -123,7 +121,7 @@ def _picture_writer(logger: Any) -> Callable[[Tensor, int, int], None] | None:
     """Asks for methods, not classes: each Lightning has its own classes."""
     if callable(getattr(logger, "log_image", None)):  # W&B
         return lambda picture, epoch, step: logger.log_image("logo/crops", [to_pil_image(picture)], step=step)
-    if callable(getattr(logger.experiment, "add_image", None)):  # TensorBoard
+    if callable(getattr(getattr(logger, "experiment", None), "add_image", None)):  # TensorBoard
         return lambda picture, epoch, step: logger.experiment.add_image("logo/crops", picture, step)
     if logger.log_dir is not None:
         return partial(_save, Path(logger.log_dir) / "logo_crops")
@@ -135,7 +133,9 @@ def _views(batch: Any) -> list[Tensor]:
     for item in batch:
         if isinstance(item, (list, tuple)) and item and isinstance(item[0], Tensor) and item[0].ndim == 4:
             return [view for view in item if view.ndim == 4]  # solo-learn's may end with the crops' boxes
-    raise ValueError(f"LoGoMonitor found no list of views (N, C, H, W) in a batch of {[type(x).__name__ for x in batch]}.")
+    raise ValueError(
+        f"LoGoMonitor found no views (N, C, H, W) in a batch of {[type(item).__name__ for item in batch]}."
+    )
 
 
 def _picture(views: Sequence[Tensor], images: int, trainer: Any) -> Tensor:

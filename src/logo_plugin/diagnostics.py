@@ -1,5 +1,7 @@
 """What the projections of the local crops say about a run: collapse, spread, and whether the affinity learns."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -71,7 +73,7 @@ def _effective_rank(rows: Tensor) -> float:
     if not len(values):
         return 1.0
     share = values / values.sum()
-    return torch.exp(-(share * share.log()).sum()).item()
+    return math.exp(-(share * share.log()).sum().item())
 
 
 def _accuracy(affinity: nn.Module, z: Tensor) -> float:
@@ -83,4 +85,4 @@ def _accuracy(affinity: nn.Module, z: Tensor) -> float:
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return 0.5 * ((same > 0).double().mean() + (other < 0).double().mean()).item()
+    return float((same > 0).double().mean() + (other < 0).double().mean()) / 2
