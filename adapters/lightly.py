@@ -137,6 +137,7 @@ class _LoGo(nn.Module):
     logo_local_predictor: nn.Module | None
     logo_settings: _Settings
     logo_terms: LoGoTerms | None
+    logo_local_proj: list[Tensor] | None  # of the last step, detached: what LoGoMonitor measures
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -162,7 +163,7 @@ class _LoGo(nn.Module):
             )
         self.logo_local_predictor = copy.deepcopy(predictor)
         self.logo = LoGoLoss(affinity=affinity, **config["options"]).to(next(self.parameters()).device)
-        self.logo_settings, self.logo_terms = settings, None
+        self.logo_settings, self.logo_terms, self.logo_local_proj = settings, None, None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickled by the user's own class unless that name now means the wrapped class (a decorator).
@@ -272,6 +273,7 @@ def _logo_step(
         local_overlap=overlap,
     )
     model.logo_terms = LoGoTerms(*(term.detach() for term in terms))
+    model.logo_local_proj = [z.detach() for z in local_proj]
     return ({**out, "loss": terms.total} if isinstance(out, dict) else terms.total), model.logo_terms
 
 

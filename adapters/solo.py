@@ -6,7 +6,7 @@ training step runs on the two global crops; the local crops and LoGo's terms com
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from logo_plugin.affinity import Affinity, full_precision
 from logo_plugin.crops import MultiCropTransform, crop_overlap
 from logo_plugin.decoding import decode
 from logo_plugin.local_predictor import join_groups, stand_in
-from logo_plugin.losses import PRESETS, LoGoLoss, Similarity, with_preset
+from logo_plugin.losses import PRESETS, LoGoLoss, LoGoTerms, Similarity, with_preset
 from logo_plugin.wrapping import unknown_option
 
 # method_kwargs.logo.*: the adapter's own keys, and every keyword of LoGoLoss that a config can hold.
@@ -38,6 +38,7 @@ _OWN: dict[str, Any] = {
     "weigh_overlap": False,
     "local_predictor": False,
     "preset": None,
+    "monitor": False,
 }
 OPTIONS: dict[str, Any] = _OWN | {
     name: parameter.default
@@ -62,12 +63,14 @@ class _LoGo(BaseMethod):
 
     outputs: _Outputs
     num_small_crops: int
+    logo_terms: LoGoTerms | None = None  # of the last step, detached, as the projections that LoGoMonitor measures
+    logo_local_proj: list[Tensor] | None = None
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
         options = dict(cfg.method_kwargs.logo)
         own = {name: options.pop(name) for name in _OWN}
-        self.fast_crops, self.weigh_overlap = own["fast_crops"], own["weigh_overlap"]
+        self.fast_crops, self.weigh_overlap, self.monitor = (own[n] for n in ("fast_crops", "weigh_overlap", "monitor"))
         dim = self._dry_run(cfg)
         affinity = Affinity(dim, own["affinity_hidden_dim"]) if own["affinity"] else None
         self.logo = LoGoLoss(affinity=affinity, **options)
@@ -134,6 +137,15 @@ class _LoGo(BaseMethod):
             join_groups(stock, self.predictor, self.logo_local_predictor)
         return [*stock, group] if group["params"] else stock
 
+    def configure_callbacks(self) -> Any:
+        """With `monitor`, attaches a `LoGoMonitor`: main_pretrain.py takes no callbacks of the user's."""
+        stock: Any = super().configure_callbacks()
+        if not self.monitor:
+            return stock
+        from logo_plugin.adapters.lightning import LoGoMonitor
+
+        return [*(stock if isinstance(stock, Sequence) else [stock]), LoGoMonitor()]
+
     def setup(self, stage: str) -> None:
         """With `fast_crops`, gives the training data logo_plugin's crops in place of solo-learn's."""
         super().setup(stage)
@@ -173,18 +185,21 @@ class _LoGo(BaseMethod):
             )
         with stand_in(getattr(self, "predictor", None), self.logo_local_predictor):
             local = [self(crop) for crop in crops[self.num_large_crops :]]
+        local_proj = [_output(out, self.outputs.proj, "proj") for out in local]
         terms = self.logo.extend(
             host_loss,
             global_global=host_loss / self.outputs.scale,
             global_pairs=2,
             global_target=_output(found, self.outputs.target, "target"),
             local_pred=[_output(out, self.outputs.pred, "pred") for out in local],
-            local_proj=[_output(out, self.outputs.proj, "proj") for out in local],
+            local_proj=local_proj,
             scale=self.outputs.scale,
             similarity=similarity,
             local_overlap=overlap,
         )
-        metrics = {f"train_{name}": value.detach() for name, value in terms._asdict().items() if name != "total"}
+        self.logo_terms = LoGoTerms(*(term.detach() for term in terms))
+        self.logo_local_proj = [z.detach() for z in local_proj]
+        metrics = {f"train_{name}": value for name, value in self.logo_terms._asdict().items() if name != "total"}
         self.log_dict(metrics, on_epoch=True, sync_dist=True)
         total: Tensor = terms.total + found["class_loss"]
         return total
@@ -340,7 +355,7 @@ def _checked(given: Any) -> dict[str, Any]:
     for name in given:
         if name not in OPTIONS:
             raise ValueError(unknown_option(str(name), OPTIONS, "method_kwargs.logo."))
-    for name in ("affinity", "fast_crops", "weigh_overlap", "local_predictor"):
+    for name in ("affinity", "fast_crops", "weigh_overlap", "local_predictor", "monitor"):
         if not isinstance(given.get(name, False), bool):
             raise ValueError(f"method_kwargs.logo.{name} must be true or false, got {given[name]!r}.")
     try:
@@ -356,9 +371,9 @@ def _checked(given: Any) -> dict[str, Any]:
 
 
 def _name_suffix(options: Mapping[str, Any]) -> str:
-    """Every option that is not at its default or as the named preset has it, and lambda always."""
+    """What is not as the defaults or the named preset have it, and always lambda; not `monitor`, which only looks."""
     usual = OPTIONS | PRESETS.get(options["preset"], {})
-    differing = {name: value for name, value in options.items() if value not in (None, usual[name])}
+    differing = {n: v for n, v in options.items() if v not in (None, usual[n]) and n != "monitor"}
     if options["gradient_ratio"] is None and options["affinity"]:
         weight = LoGoLoss(local_weight=options["local_weight"]).local_weight
         differing = {"lambda": f"{weight:g}"} | {n: v for n, v in differing.items() if n != "local_weight"}

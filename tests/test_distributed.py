@@ -1,5 +1,7 @@
 """Two gloo ranks: the same gradients as one process, and identical parameters after training."""
 
+import csv
+
 import hosts
 import pytest
 import pytorch_lightning as pl
@@ -7,12 +9,13 @@ import torch
 import torch.multiprocessing as mp
 from lightly.loss import NegativeCosineSimilarity
 from photos import tiles
+from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from logo_plugin import Affinity, LoGoLoss, MultiCropCollate, wrap
+from logo_plugin import Affinity, LoGoLoss, LoGoMonitor, MultiCropCollate, wrap
 
 
 class Learner(nn.Module):
@@ -100,8 +103,9 @@ def test_lightning_keeps_two_ranks_identical(tmp_path):
         accelerator="cpu",
         devices=2,
         strategy=DDPStrategy(process_group_backend="gloo", start_method="spawn", find_unused_parameters=False),
-        callbacks=[RanksAgree()],
-        logger=False,
+        callbacks=[RanksAgree(), LoGoMonitor()],
+        logger=CSVLogger(tmp_path),
+        log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -109,3 +113,8 @@ def test_lightning_keeps_two_ranks_identical(tmp_path):
     )
     trainer.fit(model, DataLoader(tiles(32), batch_size=8, drop_last=True, collate_fn=MultiCropCollate.cifar10()))
     assert not torch.equal(before, model.logo.affinity.mlp[0].weight)
+    (metrics,) = tmp_path.rglob("metrics.csv")
+    with metrics.open() as file:
+        measured = [row["step"] for row in csv.DictReader(file) if row["logo/embedding_std"]]
+    assert measured == ["0", "1", "2", "3"]  # by the first rank only
+    assert len(list(tmp_path.rglob("logo_crops/*.png"))) == 2

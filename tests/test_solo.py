@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from photos import tiles
 
-from logo_plugin import LoGoLoss, wrap
+from logo_plugin import Affinity, LoGoLoss, LoGoMonitor, diagnose, wrap
 from logo_plugin.losses import PRESETS
 
 ROOT = os.environ.get("SOLO_LEARN_ROOT")
@@ -235,6 +235,17 @@ def test_affinity_is_in_the_optimizer(method):
     assert not any(torch.equal(old, new) for old, new in zip(before, group["params"], strict=True))
 
 
+@pytest.mark.parametrize("monitor", [False, True])
+def test_monitor_option(monitor):
+    model = build("logo_byol", {"monitor": monitor})
+    assert [type(callback) for callback in model.configure_callbacks()] == [LoGoMonitor] * monitor
+    assert model.logo_terms is None
+    model.training_step(batch(), 0)
+    assert diagnose(model.logo_local_proj, model.logo.affinity)["embedding_std"] > 0
+    assert not model.logo_terms.total.requires_grad
+    assert not any(z.requires_grad for z in model.logo_local_proj)
+
+
 def test_affinity_group_is_absent_without_affinity():
     names = [group["name"] for group in build("logo_byol", {"affinity": False}).learnable_params]
     assert names == ["backbone", "classifier", "projector", "predictor"]
@@ -288,6 +299,7 @@ def test_too_few_crops():
             {"local_predictor": True, "average_targets": True},
             "run-logo-lambda0.0001-local_predictorTrue-average_targetsTrue",
         ),
+        ({"monitor": True}, "run-logo-lambda0.0001"),  # it changes nothing that resuming would mix up
     ],
 )
 def test_options_are_in_the_name(logo, name):
@@ -564,7 +576,11 @@ def test_scripts_of_the_clone(tmp_path):
         *("method=logo_simsiam", "augmentations=logo_cifar", "+method_kwargs.logo.local_predictor=true", *common),
         *("method_kwargs.proj_hidden_dim=16", "method_kwargs.proj_output_dim=16", "method_kwargs.pred_hidden_dim=16"),
     ]
-    run(*pretrain, "max_epochs=1", "+knn_eval.enabled=True")
+    # Without W&B solo-learn leaves the logger to Lightning: TensorBoard, or CSV files.
+    run(*pretrain, "max_epochs=1", "+knn_eval.enabled=True", "+method_kwargs.logo.monitor=true", "+log_every_n_steps=2")
+    logged = b"".join(path.read_bytes() for path in tmp_path.glob("lightning_logs/version_0/*") if path.is_file())
+    assert all(f"logo/{name}".encode() in logged for name in diagnose(torch.randn(2, 4, 3), Affinity(3)))
+    assert b"logo/crops" in logged or list(tmp_path.glob("lightning_logs/version_0/logo_crops/epoch_0000.png"))
     (first,) = tmp_path.glob("ck/logo_simsiam/*/*-logo-lambda0.0001-*ep=0.ckpt")
     run(*pretrain, "max_epochs=2", f"+resume_from_checkpoint='{first}'")
     (second,) = tmp_path.glob("ck/logo_simsiam/*/*ep=1.ckpt")
@@ -588,7 +604,7 @@ def test_every_loss_option_is_a_config_option():
     import inspect
 
     keywords = set(inspect.signature(LoGoLoss).parameters) - {"similarity"}
-    own = {"affinity_hidden_dim", "fast_crops", "weigh_overlap", "local_predictor", "preset"}
+    own = {"affinity_hidden_dim", "fast_crops", "weigh_overlap", "local_predictor", "monitor", "preset"}
     assert keywords | own == set(adapter.OPTIONS)
 
 

@@ -1,9 +1,15 @@
 """LoGo (arXiv 2203.17205) as a drop-in loss for existing self-supervised training runs."""
 
+from typing import TYPE_CHECKING, Any
+
 from logo_plugin.affinity import Affinity
 from logo_plugin.crops import MultiCropCollate, MultiCropTransform, crop_overlap
+from logo_plugin.diagnostics import diagnose
 from logo_plugin.losses import LoGoLoss, LoGoTerms, info_nce
 from logo_plugin.wrapping import wrap
+
+if TYPE_CHECKING:
+    from logo_plugin.adapters.lightning import LoGoMonitor as LoGoMonitor
 
 __version__ = "0.1.0"
 
@@ -14,6 +20,15 @@ __all__ = [
     "MultiCropCollate",
     "MultiCropTransform",
     "crop_overlap",
+    "diagnose",
     "info_nce",
     "wrap",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LoGoMonitor":  # only when asked for: it imports Lightning
+        from logo_plugin.adapters.lightning import LoGoMonitor
+
+        return LoGoMonitor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

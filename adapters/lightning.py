@@ -1,0 +1,159 @@
+"""`LoGoMonitor`, a callback for either Lightning: `lightning.pytorch` (solo-learn) or `pytorch_lightning` (lightly)."""
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+from logo_plugin.crops import MultiCropTransform
+from logo_plugin.diagnostics import diagnose
+from logo_plugin.losses import LoGoLoss
+
+_IMAGES = 128  # measured of a batch: bounds what the eigenvalues cost, however large batch and projection are
+_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+
+
+def _callback() -> Any:
+    """The base class, of the Lightning that is in use; its hooks are those of the other."""
+    for package in sorted(_PACKAGES, key=lambda name: name not in sys.modules):
+        try:
+            return importlib.import_module(package).Callback
+        except ModuleNotFoundError:
+            continue
+    raise ModuleNotFoundError("LoGoMonitor needs Lightning: pip install lightning, or pip install pytorch_lightning.")
+
+
+_Callback: Any = _callback()
+
+
+class LoGoMonitor(_Callback):
+    """Logs what `logo_plugin.diagnose` finds in the training batches, and pictures of the crops, to every logger.
+
+    The values are logged as `logo/embedding_std` and so on, with the steps that Lightning's own metrics
+    have. They are of the first 128 images of the batch and, with several processes, of the first process
+    only: nothing is exchanged. LoGo's terms are logged by the adapters, with or without the monitor.
+
+    Pictures go to TensorBoard and W&B as `logo/crops`, and beside the file of a `CSVLogger` (or of any
+    logger that has a `log_dir`) as `logo_crops/epoch_0000.png`.
+
+    Args:
+        every_n_steps: Optimizer steps between two measurements. None takes the trainer's `log_every_n_steps`.
+        crops_every_n_epochs: Epochs between two pictures, taken of the epoch's first batch. None: no pictures.
+        images: Rows of a picture; each shows the crops of one image, globals first.
+
+    Raises:
+        ValueError: If an argument is no positive integer.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[LoGoMonitor()])
+    """
+
+    def __init__(self, every_n_steps: int | None = None, crops_every_n_epochs: int | None = 1, images: int = 8) -> None:
+        super().__init__()
+        optional = {"every_n_steps": every_n_steps, "crops_every_n_epochs": crops_every_n_epochs}
+        for name, value in {"images": images, **optional}.items():
+            if (type(value) is not int or value < 1) and (value is not None or name not in optional):
+                expected = "a positive integer" + (" or None" if name in optional else "")
+                raise ValueError(f"{name} must be {expected}, got {value!r}.")
+        self.every_n_steps, self.crops_every_n_epochs, self.images = every_n_steps, crops_every_n_epochs, images
+        self._measured = 0
+        self._draw: list[Callable[[Tensor, int, int], None]] = []
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Checks the model.
+
+        Raises:
+            TypeError: If it is not wrapped.
+        """
+        if stage == "fit" and not isinstance(getattr(pl_module, "logo", None), LoGoLoss):
+            raise TypeError(
+                f"LoGoMonitor measures what LoGo computes, and {type(pl_module).__name__} is not wrapped: use "
+                "wrap(model), or one of the logo_* methods in solo-learn."
+            )
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Finds out which loggers take pictures, and warns of those that don't."""
+        self._measured, self._draw = trainer.global_step, []
+        if not trainer.is_global_zero or self.crops_every_n_epochs is None:
+            return
+        for logger in trainer.loggers:
+            draw = _picture_writer(logger)
+            if draw is not None:
+                self._draw.append(draw)
+            else:
+                warnings.warn(
+                    f"LoGoMonitor knows no way to give {type(logger).__name__} a picture; it gets numbers only.",
+                    stacklevel=2,
+                )
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Measures and draws when it is time to."""
+        if not trainer.is_global_zero:
+            return
+        step = max(0, trainer.global_step - 1)  # Lightning counts from 0 where it logs
+        if self._draw and batch_idx == 0 and trainer.current_epoch % self.crops_every_n_epochs == 0:
+            picture = _picture(_views(batch), self.images, trainer)
+            for draw in self._draw:
+                draw(picture, trainer.current_epoch, step)
+        interval = self.every_n_steps or trainer.log_every_n_steps
+        # With accumulated gradients several batches end on one step.
+        if not interval or trainer.global_step % interval or trainer.global_step == self._measured:
+            return
+        self._measured = trainer.global_step
+        proj = pl_module.logo_local_proj
+        if not trainer.loggers or proj is None or len(proj[0]) < 2:  # a last batch of one image
+            return
+        found = diagnose([z[:_IMAGES] for z in proj], pl_module.logo.affinity)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"logo/{name}": value for name, value in found.items()}, step=step)
+
+
+def _picture_writer(logger: Any) -> Callable[[Tensor, int, int], None] | None:
+    """Asks for methods, not classes: each Lightning has its own classes."""
+    if callable(getattr(logger, "log_image", None)):  # W&B
+        return lambda picture, epoch, step: logger.log_image("logo/crops", [to_pil_image(picture)], step=step)
+    if callable(getattr(getattr(logger, "experiment", None), "add_image", None)):  # TensorBoard
+        return lambda picture, epoch, step: logger.experiment.add_image("logo/crops", picture, step)
+    if logger.log_dir is not None:
+        return partial(_save, Path(logger.log_dir) / "logo_crops")
+    return None
+
+
+def _views(batch: Any) -> list[Tensor]:
+    """The views of a batch, which both hosts have as a list among its items."""
+    for item in batch:
+        if isinstance(item, (list, tuple)) and item and isinstance(item[0], Tensor) and item[0].ndim == 4:
+            return [view for view in item if view.ndim == 4]  # solo-learn's may end with the crops' boxes
+    raise ValueError(
+        f"LoGoMonitor found no views (N, C, H, W) in a batch of {[type(item).__name__ for item in batch]}."
+    )
+
+
+def _picture(views: Sequence[Tensor], images: int, trainer: Any) -> Tensor:
+    """A grid, uint8 (3, H, W), with a row for each image: its crops, each at its own size."""
+    collate = getattr(trainer.train_dataloader, "collate_fn", None)
+    # Where the statistics are not known the default, ImageNet's: colours are off by little.
+    known = collate if isinstance(collate, MultiCropTransform) else MultiCropTransform
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (known.mean, known.std))
+    height, width = (max(view.shape[i] for view in views) for i in (2, 3))
+    columns = []
+    for view in views:
+        pixels = (view[:images, :3].detach().float().cpu() * std + mean).clamp(0, 1)
+        down, across = height - view.shape[2], width - view.shape[3]
+        columns.append(F.pad(pixels, (across // 2, across - across // 2, down // 2, down - down // 2), value=1.0))
+    grid = make_grid(torch.stack(columns, 1).flatten(0, 1), nrow=len(views), pad_value=1.0)
+    return (grid * 255).round().to(torch.uint8)
+
+
+def _save(folder: Path, picture: Tensor, epoch: int, step: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    to_pil_image(picture).save(folder / f"epoch_{epoch:04}.png")
