@@ -1,5 +1,6 @@
 """LoGo (arXiv 2203.17205) as a drop-in loss for existing self-supervised training runs."""
 
+from logo_plugin.adapters.learner import LoGoLearner
 from logo_plugin.affinity import Affinity
 from logo_plugin.crops import MultiCropCollate, MultiCropTransform, crop_overlap
 from logo_plugin.losses import LoGoLoss, LoGoTerms, info_nce
@@ -9,6 +10,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Affinity",
+    "LoGoLearner",
     "LoGoLoss",
     "LoGoTerms",
     "MultiCropCollate",
