@@ -189,13 +189,18 @@ CHECKS = [weights_at_zero, gradient_routing, affinity_is_trained, checkpoint]
 
 
 def check_two_ranks(cases, folder):
-    """Two gloo ranks stay equal and use all parameters; their gradient is the mean of one process's two."""
+    """Two gloo ranks stay equal and use all parameters; their gradient is the mean of one process's two.
+
+    Gives for each case the buffers of both ranks, for what only the adapter can say of them.
+    """
+    buffers = {}
     mp.start_processes(_train_rank, (cases, str(folder)), nprocs=2, start_method="forkserver")
     for name, case in cases.items():
         first, second = (torch.load(f"{folder}/{name}{rank}.pt") for rank in (0, 1))
-        for mine, other in zip(first, second, strict=True):
+        buffers[name] = first[2], second[2]
+        for mine, other in zip(first[:2], second[:2], strict=True):
             same(mine, other, f"{name}: ranks differ in", rtol=0, atol=0)
-        gradients, parameters = first
+        gradients, parameters, _ = first
         start = seeded(case.build, local_weight=0.5)
         for weight in of_affinity(case, start):
             if weight.endswith("0.weight"):
@@ -204,6 +209,7 @@ def check_two_ranks(cases, folder):
             halves = [step(case, seeded(case.build, local_weight=0.5), views(rank), rank)[1] for rank in (0, 1)]
             mean = {key: (halves[0][key] + halves[1][key]) / 2 for key in halves[0]}
             same(gradients, mean, f"{name}: gradient of two ranks", rtol=1e-3, atol=5e-5)
+    return buffers
 
 
 class _Step(nn.Module):
@@ -233,5 +239,6 @@ def _train_rank(rank, cases, folder):
             replica(views(2 + rank)).backward()
         replica(views(4 + rank)).backward()  # raises if a parameter was left unused
         optimizer.step()
-        torch.save((gradients, dict(model.named_parameters())), f"{folder}/{name}{rank}.pt")
+        state = gradients, dict(model.named_parameters()), dict(model.named_buffers())
+        torch.save(state, f"{folder}/{name}{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -83,7 +83,8 @@ def capped(local_weight, **options):
 def test_contract_on_two_ranks(tmp_path):
     others = {"capped": capped, "difference": partial(build, "byol", affinity_loss="difference")}
     more = {name: AdapterCase(host=partial(Longhand, "byol"), build=b, **COMMON) for name, b in others.items()}
-    check_two_ranks(CASES | more, tmp_path)
+    first, second = check_two_ranks(CASES | more, tmp_path)["moco"]
+    assert torch.equal(first["queue"], second["queue"])  # three batches of 6, two views, two ranks: full
 
 
 def test_total_by_hand():
@@ -125,6 +126,7 @@ def test_the_target_follows_once_per_training_forward():
 def test_the_queue_gets_the_keys_of_a_step_after_its_loss():
     learner = build("moco")
     queue = learner.queue.clone()
+    assert "queue" in learner.state_dict()
     crops = views()
     learner(crops).backward()
     keys = F.normalize(torch.cat([learner.target(x) for x in crops[:2]]), dim=1).T
