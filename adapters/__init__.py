@@ -1,1 +1,1 @@
-"""One module per host framework; each is imported only when asked for."""
+"""One module per host framework, imported only when asked for; `learner` needs none."""

@@ -302,9 +302,7 @@ def train_run(method, arm, seed, options, train, test, others):
         num_workers=options.workers,
         persistent_workers=options.workers > 0,
     )
-    model = build(method, arm, options, len(data), epochs)
-    if options.cuda:
-        model = model.to(memory_format=torch.channels_last)
+    model = build(method, arm, options, len(data), epochs).to(memory_format=torch.channels_last)
     curve = Curve(seed, options.every, epochs, train, test)
     trainer = pl.Trainer(
         max_epochs=epochs,
@@ -319,7 +317,7 @@ def train_run(method, arm, seed, options, train, test, others):
     last = folder / "last.ckpt"
     began = time.time()
     trainer.fit(model, data, ckpt_path=last if last.exists() else None, weights_only=False)
-    model = model.to("cuda" if options.cuda else "cpu").to(memory_format=torch.contiguous_format)
+    model = model.to("cuda" if options.cuda else "cpu")
     record = {
         "method": method,
         "arm": arm,

@@ -2,12 +2,15 @@
 
 import copy
 import pickle
+from dataclasses import replace
+from functools import partial
 
 import hosts
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from adapter_contract import CHECKS, AdapterCase, check_two_ranks
 from lightly.loss import NegativeCosineSimilarity, NTXentLoss
 from photos import tiles
 from torch import nn
@@ -66,31 +69,53 @@ def loader(n=16, collate=CIFAR):
     return DataLoader(tiles(n), batch_size=8, drop_last=True, collate_fn=collate)
 
 
-class TestWeightsAtZero:
-    @STYLES
-    @pytest.mark.parametrize("parts", [2, 3])
-    def test_loss_gradients_and_bank_are_the_hosts(self, cls, parts):
-        model = cls()
-        whole = batch(parts=parts)
-        expected, expected_gradients, expected_bank = step(copy.deepcopy(model), globals_only(whole))
-        wrapped = wrap(copy.deepcopy(model), affinity=None, local_global_weight=0)
-        loss, gradients, bank = step(wrapped, whole)
-        assert torch.equal(loss, expected)
-        assert gradients.keys() == expected_gradients.keys()
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, expected_gradients[name], msg=name)
-        assert (bank is None and expected_bank is None) or torch.equal(bank, expected_bank)
+def build(cls, **options):
+    return wrap(cls(), **options)
 
-    @STYLES
-    def test_the_affinity_alone_leaves_the_model_alone(self, cls):
-        model = cls()
-        _, expected, _ = step(copy.deepcopy(model), globals_only(batch()))
-        wrapped = wrap(copy.deepcopy(model), local_weight=0, local_global_weight=0)
-        _, gradients, _ = step(wrapped, batch())
-        own = {name for name in gradients if name.startswith("logo.affinity.")}
-        assert own == {f"logo.affinity.{name}" for name, _ in wrapped.logo.affinity.named_parameters()}
-        for name in gradients.keys() - own:
-            torch.testing.assert_close(gradients[name], expected[name], msg=name)
+
+def lightning_loss(model, views):
+    return loss_of(model.training_step([views, torch.arange(6) % 4, ["a.jpg"] * 6], 0))
+
+
+def lightning_optimizer(model):
+    configured = model.configure_optimizers()
+    return configured[0][0] if isinstance(configured, tuple) else configured
+
+
+def plain_host(method):
+    cls, make_criterion = hosts.PLAIN[method]
+    model = cls()
+    model.criterion = make_criterion()  # with the model, so that the memory bank travels with it
+    return model
+
+
+def plain_build(method, **options):
+    model = plain_host(method)
+    return wrap(model, criterion=model.criterion, **options)
+
+
+def plain_loss(model, views):
+    return model(views) if hasattr(model, "logo") else model.host_loss(model.criterion, *views)
+
+
+CONTRACT = {
+    name: AdapterCase(host=cls, build=partial(build, cls), loss=lightning_loss, optimizer=lightning_optimizer)
+    for name, cls in hosts.LIGHTNING.items()
+} | {
+    f"plain {name}": AdapterCase(host=partial(plain_host, name), build=partial(plain_build, name), loss=plain_loss)
+    for name in hosts.PLAIN
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("case", CONTRACT.values(), ids=CONTRACT)
+def test_contract(case, check):
+    check(case)
+
+
+def test_contract_on_two_ranks(tmp_path):
+    own_predictor = replace(CONTRACT["plain simsiam"], build=partial(plain_build, "simsiam", local_predictor=True))
+    check_two_ranks(CONTRACT | {"local predictor": own_predictor}, tmp_path)
 
 
 class TestTerms:
@@ -343,16 +368,6 @@ class TestLocalPredictor:
 
 class TestRouting:
     @STYLES
-    @pytest.mark.parametrize("options", [{"local_weight": 0.1}, {"gradient_ratio": 0.1}])
-    def test_targets_get_none_and_everything_else_some(self, cls, options):
-        _, gradients, _ = step(wrap(cls(), **options), batch())
-        assert not [name for name in gradients if "momentum" in name]
-        silent = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-        assert not silent
-        assert gradients["backbone.0.weight"].abs().max() > 0
-        assert gradients["logo.affinity.mlp.0.weight"].abs().max() > 0
-
-    @STYLES
     def test_the_target_network_sees_no_local_crop(self, cls):
         model = wrap(cls())
         sizes = {"online": set(), "target": set()}
@@ -456,15 +471,6 @@ class TestCopies:
 
 
 class TestPlainModules:
-    @pytest.mark.parametrize("method", hosts.PLAIN)
-    def test_weights_at_zero(self, method):
-        cls, make_criterion = hosts.PLAIN[method]
-        model, criterion = cls(), make_criterion()
-        other = copy.deepcopy(model)
-        expected = model.host_loss(copy.deepcopy(criterion), *batch()[0][:2])
-        wrapped = wrap(other, criterion=criterion, affinity=None, local_global_weight=0)
-        torch.testing.assert_close(wrapped(batch()[0]), expected)
-
     @pytest.mark.parametrize("method", hosts.PLAIN)
     def test_loop(self, method):
         cls, make_criterion = hosts.PLAIN[method]

@@ -1,7 +1,9 @@
 """What `import logo_plugin` may cost, and what it gives."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from torch import nn
@@ -29,3 +31,10 @@ def test_public_names():
 def test_wrap_takes_modules_only(x):
     with pytest.raises(TypeError, match=r"wrap\(\) expects a torch.nn.Module"):
         wrap(x)
+
+
+def test_one_version_of_ruff():
+    files = (Path(__file__).parents[1] / name for name in ("setup.cfg", ".pre-commit-config.yaml"))
+    pins = [pin for file in files for pin in re.findall(r"ruff==([\d.]+)", file.read_text())]
+    assert len(pins) == 3
+    assert len(set(pins)) == 1

@@ -7,12 +7,15 @@ import pickle
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from adapter_contract import CHECKS, AdapterCase, check_two_ranks, weights_at_zero
 from photos import tiles
 
 from logo_plugin import Affinity, LoGoLoss, LoGoMonitor, diagnose, wrap
@@ -25,7 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore:The 'warn' function:DeprecationWarning"),
 ]
 METHODS = ["byol", "simsiam", "mocov2plus", "mocov3", "nnbyol", "nnsiam"]
-RANK_METHODS = ["mocov2plus", "mocov3"]
 QUEUES = ("mocov2plus", "nnbyol", "nnsiam")
 
 
@@ -58,7 +60,7 @@ def config(method: str, logo: dict[str, Any] | None = None, small: int = 2, **ba
                 "proj_hidden_dim": 16,
                 "proj_output_dim": 8,
                 "pred_hidden_dim": 16,
-                "queue_size": 16,
+                "queue_size": 24,
                 "temperature": 0.3,
             }
             | ({} if logo is None else {"logo": logo}),
@@ -87,29 +89,44 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def build_logo(method: str, affinity: Any = "auto", **options: Any):
+    return build(f"logo_{method}", options | {"affinity": affinity is not None})
+
+
+def loss(model, views):
+    return model.training_step([torch.arange(6), views, torch.arange(6)], 0)
+
+
+def optimizer(model):
+    return model.configure_optimizers()
+
+
+CONTRACT = {
+    method: AdapterCase(
+        host=partial(build, method),
+        build=partial(build_logo, method),
+        loss=loss,
+        optimizer=optimizer,
+        shares_batch=method == "mocov3",
+    )
+    for method in METHODS
+}
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("affinity", [False, True])
-def test_weights_at_zero_are_stock(method, affinity):
-    stock = build(method)
-    logo = build(f"logo_{method}", {"affinity": affinity, "local_weight": 0.0, "local_global_weight": 0.0})
-    logo.load_state_dict(stock.state_dict(), strict=not affinity)
-    logged = {}
-    logo.log_dict = lambda metrics, **kwargs: logged.update(metrics)
-    for _ in range(2):
-        indexes, views, targets = batch()
-        expected = stock.training_step([indexes, views[:2], targets], 0)
-        actual = logo.training_step([indexes, views, targets], 0)
-        torch.testing.assert_close(actual - logged["train_affinity"], expected, rtol=1e-6, atol=1e-6)
-        expected.backward()
-        actual.backward()
-        wanted = gradients(stock)
-        found = {name: grad for name, grad in gradients(logo).items() if not name.startswith("logo.")}
-        assert found.keys() == wanted.keys()
-        for name, grad in wanted.items():
-            torch.testing.assert_close(found[name], grad, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-    if method in QUEUES:
-        torch.testing.assert_close(logo.queue, stock.queue, rtol=0, atol=1e-6)
-        assert torch.equal(logo.queue_ptr, stock.queue_ptr)
+def test_weights_at_zero(method):
+    weights_at_zero(CONTRACT[method])
+
+
+@pytest.mark.parametrize("check", CHECKS[1:])
+@pytest.mark.parametrize("method", ["byol", "simsiam", "mocov2plus"])
+def test_contract(method, check):
+    check(CONTRACT[method])
+
+
+def test_contract_on_two_ranks(tmp_path):
+    own_predictor = replace(CONTRACT["mocov3"], build=partial(build_logo, "mocov3", local_predictor=True))
+    check_two_ranks({"mocov2plus": CONTRACT["mocov2plus"], "mocov3": own_predictor}, tmp_path)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -161,19 +178,6 @@ def test_loss_longhand(method, reduction):
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_gradient_routing():
-    gradient = {}
-    for weight in (0.0, 5.0):
-        model = build("logo_mocov2plus", {"local_weight": weight, "positive_noise": 0.0})
-        model.training_step(batch(2), 0).backward()
-        gradient[weight] = gradients(model)
-    for name, grad in gradient[0.0].items():
-        same = name.startswith(("logo.", "classifier"))  # lambda pushes the online network only
-        assert torch.allclose(grad, gradient[5.0][name], rtol=1e-4, atol=1e-6) == same, name
-        assert not name.startswith("momentum_")
-    assert sum(name.startswith("logo.affinity.") for name in gradient[0.0]) == 10
-
-
 def test_target_network_never_sees_local_crops():
     model = build("logo_byol")
     seen = []
@@ -220,19 +224,9 @@ def test_local_predictor_needs_a_predictor():
         build("logo_mocov2plus", {"local_predictor": True})
 
 
-@pytest.mark.parametrize("method", ["byol", "simsiam"])
-def test_affinity_is_in_the_optimizer(method):
-    model = build(f"logo_{method}")
-    optimizer = model.configure_optimizers()
-    group = optimizer.param_groups[-1]
-    assert group["name"] == "affinity"
-    assert group["weight_decay"] == 0
-    assert group["lr"] == 0.1
-    assert [id(p) for p in group["params"]] == [id(p) for p in model.logo.affinity.parameters()]
-    before = [p.clone() for p in group["params"]]
-    model.training_step(batch(), 0).backward()
-    optimizer.step()
-    assert not any(torch.equal(old, new) for old, new in zip(before, group["params"], strict=True))
+def test_the_affinity_has_a_group_of_its_own():
+    group = build("logo_byol").configure_optimizers().param_groups[-1]
+    assert (group["name"], group["weight_decay"], group["lr"]) == ("affinity", 0, 0.1)
 
 
 @pytest.mark.parametrize("monitor", [False, True])
@@ -489,54 +483,6 @@ def test_augmentation_groups(group, sizes):
     for crop in cfg.augmentations:
         size = crop.crop_size if isinstance(crop.crop_size, int) else crop.crop_size[0]
         assert build_transform_pipeline("custom", crop)(image).shape == (3, size, size)
-
-
-def _train_rank(rank: int, port: int, folder: str) -> None:
-    import torch.distributed as dist
-
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    for method in RANK_METHODS:
-        model = build(f"logo_{method}", {"local_predictor": method == "mocov3"})
-        optimizer = model.configure_optimizers()
-        data = batch(4)
-        data[1] = [view + rank for view in data[1]]
-
-        class Step(torch.nn.Module):
-            """What Lightning's DDP strategy does: one forward is one training step."""
-
-            def __init__(self, model, data):
-                super().__init__()
-                self.model, self.data = model, data
-
-            def forward(self):
-                return self.model.training_step(self.data, 0)
-
-        replica = torch.nn.parallel.DistributedDataParallel(Step(model, data), find_unused_parameters=False)
-        for _ in range(2):
-            with replica.no_sync():  # gradient accumulation: two micro-batches
-                (replica() / 2).backward()
-            (replica() / 2).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        torch.save({name: p.detach() for name, p in model.named_parameters()}, f"{folder}/{method}{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_processes_stay_identical(tmp_path):
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_train_rank, (port, str(tmp_path)), nprocs=2)
-    for method in RANK_METHODS:
-        first, second = (torch.load(tmp_path / f"{method}{rank}.pt") for rank in (0, 1))
-        start = dict(build(f"logo_{method}").named_parameters())
-        for name, value in first.items():
-            assert torch.equal(value, second[name]), (method, name)
-        assert not torch.equal(first["logo.affinity.mlp.0.weight"], start["logo.affinity.mlp.0.weight"])
 
 
 def test_scripts_of_the_clone(tmp_path):

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from logo_plugin.adapters.learner import LoGoLearner
 from logo_plugin.affinity import Affinity
 from logo_plugin.crops import MultiCropCollate, MultiCropTransform, crop_overlap
 from logo_plugin.diagnostics import diagnose
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Affinity",
+    "LoGoLearner",
     "LoGoLoss",
     "LoGoTerms",
     "MultiCropCollate",

@@ -1,0 +1,149 @@
+"""Plain PyTorch: a network goes in, a loss comes out, the same network comes back trained."""
+
+import copy
+import inspect
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from logo_plugin.affinity import Affinity, full_precision
+from logo_plugin.losses import LoGoLoss, LoGoTerms, _choice, info_nce
+from logo_plugin.wrapping import unknown_option
+
+# The papers': BYOL arXiv 2006.07733, SimSiam 2011.10566, MoCo v2 2003.04297.
+_METHODS: dict[str, dict[str, Any]] = {
+    "byol": {"hidden_dim": 4096, "output_dim": 256, "predictor_dim": 4096, "momentum": 0.996},
+    "simsiam": {"hidden_dim": 2048, "output_dim": 2048, "predictor_dim": 512},
+    "moco": {"hidden_dim": 2048, "output_dim": 128, "momentum": 0.999, "temperature": 0.2, "queue_size": 65536},
+}
+
+
+class LoGoLearner(nn.Module):
+    """BYOL, SimSiam or MoCo v2+ with LoGo around any backbone: `loss = learner(views)`.
+
+    The target of BYOL and MoCo moves at the start of every forward in training mode with gradients on; there
+    is nothing to call after `optimizer.step()`. k batches of accumulation move it k times: give
+    `momentum ** (1 / k)`. MoCo compares in both directions, as solo-learn's MoCoV2Plus, but with one queue for
+    both: after the loss it gets the keys of all global crops, of all ranks under torch.distributed (equal
+    batches: `drop_last=True`). BatchNorm is not shuffled. `terms` holds the last forward's terms, detached.
+
+    Args:
+        backbone: Trained in place; images (N, 3, H, W) to features (N, F) or (N, F, 1, 1); timm: `num_classes=0`.
+        method: "byol", "simsiam" or "moco".
+        image_size: Sides of the global and local crops, one of each forwarded here in eval mode to find F.
+        global_crops: How many of the views are global; they come first.
+        affinity: "auto" builds `Affinity(output_dim)`; a module; or None for plain multi-crop.
+        **options: Options of `LoGoLoss` except `similarity`, and of the method, by default the paper's:
+            `hidden_dim`, `output_dim` (byol 4096, 256; simsiam 2048, 2048; moco 2048, 128), `predictor_dim`
+            (byol 4096, simsiam 512), `momentum` (byol 0.996, moco 0.999; short runs want 0.99; an attribute
+            too, for schedules), `temperature`, `queue_size` (moco 0.2, 65536).
+
+    Raises:
+        TypeError: If an option is none of `LoGoLoss` or the method.
+        ValueError: If an option is out of its range, or the backbone can't take `image_size`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        method: str = "byol",
+        *,
+        image_size: Sequence[int] = (224, 96),
+        global_crops: int = 2,
+        affinity: nn.Module | str | None = "auto",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        _choice("method", method, tuple(_METHODS))
+        own = _METHODS[method]
+        valid = own.keys() | inspect.signature(LoGoLoss).parameters.keys() - {"similarity"}
+        for name in options.keys() - valid:
+            raise TypeError(f"LoGoLearner(method={method!r}): {unknown_option(name, valid)}")
+        chosen: dict[str, Any] = {name: options.pop(name, default) for name, default in own.items()}
+        for name, value in chosen.items():
+            if not (0 < value < 1 if name == "momentum" else value > 0):
+                raise ValueError(f"{name} is out of its range, got {value!r}; the default is {own[name]}.")
+        width, simsiam, moco = chosen["output_dim"], method == "simsiam", method == "moco"
+        self.momentum, self.temperature = (chosen.get(name, 1.0) for name in ("momentum", "temperature"))
+        self.backbone, self.global_crops = backbone, global_crops
+        dims = [_features(backbone, image_size), *[chosen["hidden_dim"]] * (1 + simsiam), width]
+        self.projector = _mlp(dims, norm=not moco, norm_last=simsiam)
+        self.predictor = nn.Identity() if moco else _mlp([width, chosen["predictor_dim"], width])
+        online = nn.Sequential(backbone, nn.Flatten(), self.projector)
+        self.target = None if simsiam else copy.deepcopy(online).requires_grad_(False)
+        self.queue: Tensor | None
+        self.register_buffer("queue", F.normalize(torch.randn(width, chosen["queue_size"]), dim=0) if moco else None)
+        self.criterion = LoGoLoss(
+            affinity=Affinity(width) if affinity == "auto" else affinity,  # type: ignore[arg-type]
+            similarity=self._contrast if moco else "cosine",
+            **options,
+        )
+        self.terms: LoGoTerms | None = None
+        self.to(next(backbone.parameters()).device)
+
+    def forward(self, views: Sequence[Tensor]) -> Tensor:
+        """Gives the loss (scalar) of views (N, 3, H, W), globals first, as `MultiCropCollate` makes them."""
+        if isinstance(views, Tensor):
+            raise TypeError("LoGoLearner takes a list of views, got a tensor; learner.backbone(x) gives features.")
+        count, learns = self.global_crops, self.training and torch.is_grad_enabled()
+        if learns and self.target is not None:
+            online = [*self.backbone.parameters(), *self.projector.parameters()]
+            for old, new in zip(self.target.parameters(), online, strict=True):
+                old.lerp_(new.detach(), 1 - self.momentum)
+        proj = [self.projector(self.backbone(view).flatten(1)) for view in views]
+        with torch.no_grad():
+            target = proj[:count] if self.target is None else [self.target(view) for view in views[:count]]
+        pred = [self.predictor(z) for z in proj]
+        parts = {"global_pred": pred[:count], "local_pred": pred[count:], "local_proj": proj[count:]}
+        terms: LoGoTerms = self.criterion(global_target=target, **parts)
+        if learns and self.queue is not None:
+            keys = _of_all_ranks(F.normalize(full_precision(torch.cat(target)), dim=1)).T
+            # Not in place: backward needs the old queue.
+            self.queue = torch.cat([keys.to(self.queue), self.queue], dim=1)[:, : self.queue.shape[1]].clone()
+        self.terms = LoGoTerms(*(term.detach() for term in terms))
+        return terms.total
+
+    def _contrast(self, pred: Tensor, target: Tensor) -> Tensor:
+        return info_nce(pred, target, queue=self.queue, temperature=self.temperature)
+
+
+def _mlp(dims: Sequence[int], *, norm: bool = True, norm_last: bool = False) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for i, (before, after) in enumerate(pairwise(dims), start=2):
+        last = i == len(dims)
+        normed = norm_last if last else norm
+        norms, relus = [nn.BatchNorm1d(after, affine=not last)] * normed, [nn.ReLU()] * (not last)
+        layers += [nn.Linear(before, after, bias=not normed), *norms, *relus]
+    return nn.Sequential(*layers)
+
+
+def _features(backbone: nn.Module, sizes: Sequence[int]) -> int:
+    modes, like = {module: module.training for module in backbone.modules()}, next(backbone.parameters())
+    shapes: dict[int, tuple[int, ...]] = {}
+    try:
+        for size in sizes:
+            with torch.no_grad():
+                shape = shapes[size] = tuple(backbone.eval()(torch.zeros(1, 3, size, size).to(like)).shape)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        hint = "in timm a ViT wants dynamic_img_size=True, a Swin strict_img_size=False; others want crops of one size"
+        raise ValueError(f"the backbone can't take images of {size} x {size} pixels ({error}): {hint}.") from error
+    finally:  # eval mode kept BatchNorm's statistics
+        for module, mode in modes.items():
+            module.training = mode
+    if len(set(shapes.values())) > 1 or shape[1:2] != (math.prod(shape[1:]),):
+        raise ValueError(f"the backbone must give (1, F) for every size, got {shapes}; timm: num_classes=0 pools.")
+    return shape[1]
+
+
+def _of_all_ranks(keys: Tensor) -> Tensor:
+    if not (dist.is_available() and dist.is_initialized()):
+        return keys
+    gathered = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, keys)
+    return torch.cat(gathered)
