@@ -33,7 +33,7 @@ def test_lightning_keeps_two_ranks_identical(tmp_path):
         max_epochs=2,
         accelerator="cpu",
         devices=2,
-        strategy=DDPStrategy(process_group_backend="gloo", start_method="forkserver", find_unused_parameters=False),
+        strategy=DDPStrategy(process_group_backend="gloo", start_method="spawn", find_unused_parameters=False),
         callbacks=[RanksAgree(), LoGoMonitor()],
         logger=CSVLogger(tmp_path),
         log_every_n_steps=1,
