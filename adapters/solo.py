@@ -34,6 +34,7 @@ from logo_plugin.wrapping import unknown_option
 _OWN: dict[str, Any] = {
     "affinity": True,
     "affinity_hidden_dim": 256,
+    "affinity_norm": "batch",
     "fast_crops": False,
     "weigh_overlap": False,
     "local_predictor": False,
@@ -72,7 +73,7 @@ class _LoGo(BaseMethod):
         own = {name: options.pop(name) for name in _OWN}
         self.fast_crops, self.weigh_overlap, self.monitor = (own[n] for n in ("fast_crops", "weigh_overlap", "monitor"))
         dim = self._dry_run(cfg)
-        affinity = Affinity(dim, own["affinity_hidden_dim"]) if own["affinity"] else None
+        affinity = Affinity(dim, own["affinity_hidden_dim"], own["affinity_norm"]) if own["affinity"] else None
         self.logo = LoGoLoss(affinity=affinity, **options)
         predictor = getattr(self, "predictor", None)
         if own["local_predictor"] and not isinstance(predictor, nn.Module):

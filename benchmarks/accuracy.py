@@ -5,9 +5,9 @@ the whole test set as it goes, and at the end a linear probe, a probe on 10 % of
 other sets and what the representation looks like. One JSON file per run; a run that is there is not
 repeated, one that was stopped continues from its last epoch, so stop and restart as you like.
 
-    python benchmarks/accuracy.py run --data cifar10 --subset 5000 --backbone tiny --epochs 20  # CPU
-    python benchmarks/accuracy.py run --data cifar10 --epochs 200 --batch-size 512              # one GPU
-    python benchmarks/accuracy.py report                                                       # tables and figures
+    python benchmarks/accuracy.py --data cifar10 --subset 5000 --backbone tiny --epochs 8 --batch-size 32 --queue 1024
+    python benchmarks/accuracy.py --data cifar10 --epochs 200 --batch-size 512  # one GPU
+    python benchmarks/accuracy_report.py accuracy_runs                       # tables and figures
 
 --data is a folder for torchvision's CIFAR10 (downloaded if missing), or one with its images as WebP strips.
 """
@@ -20,6 +20,7 @@ import platform
 import sys
 import time
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import lightly
@@ -36,7 +37,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from timm.models.byobnet import ByobNet, ByoBlockCfg, ByoModelCfg
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import CIFAR10
@@ -45,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import demo
 import lightly_models
 
-from logo_plugin import MultiCropCollate, wrap
+from logo_plugin import Affinity, MultiCropCollate, wrap
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 # Forward and backward of an online view costs 3, forward of a target view 1: 2 + 2 crops against 2.
@@ -75,6 +76,8 @@ for ratio in (0.005, 0.015, 0.05, 0.3):
 STRONG = {"gradient_ratio": 0.1}
 ARMS |= {
     "difference": ({**STRONG, "affinity_loss": "difference"}, {}),
+    "layer norm": ({**STRONG, "affinity": Affinity(128, norm="layer")}, {}),
+    "layer norm, ratio 0.3": ({"gradient_ratio": 0.3, "affinity": Affinity(128, norm="layer")}, {}),
     "logit": ({**STRONG, "repulsion": "logit"}, {}),
     "cosine": ({**STRONG, "affinity": CosineAffinity(), "repulsion": "logit"}, {}),
     "no noise": ({**STRONG, "positive_noise": 0.0}, {}),
@@ -102,7 +105,7 @@ def read_cifar10(folder, train):
         for path in packed:
             archive = np.load(path)
             blob, offsets = archive["blob"].tobytes(), archive["offsets"]
-            for start, stop in zip(offsets, offsets[1:], strict=False):
+            for start, stop in pairwise(offsets):
                 strip = Image.open(io.BytesIO(blob[start:stop])).convert("RGB")
                 strips.append(np.asarray(strip).reshape(-1, 32, 32, 3))
             labels.append(archive["labels"])
@@ -119,7 +122,7 @@ def first_per_class(labels, count):
 
 
 def backbone(name):
-    """"tiny" (0.3 M parameters, for a CPU), or a timm ResNet with the stem usual for CIFAR."""
+    """ "tiny" (0.3 M parameters, for a CPU), or a timm ResNet with the stem usual for CIFAR."""
     if name == "tiny":
         blocks = tuple(ByoBlockCfg("basic", d=1, c=width, s=2, gs=0, br=1.0) for width in (32, 64, 128))
         config = ByoModelCfg(blocks, stem_chs=16, stem_type="3x3", stem_pool="")
@@ -237,8 +240,8 @@ def other_sets():
     sets = {"digits": ((images[even], labels[even]), (images[~even], labels[~even]))}
     tiles = []
     for part in demo.photograph_tiles(150):
-        pixels = [torch.from_numpy(np.array(image.convert("RGB").resize((32, 32)))).permute(2, 0, 1) for image, _ in part]
-        tiles.append((torch.stack(pixels), torch.tensor([label for _, label in part])))
+        pixels = np.stack([image.convert("RGB").resize((32, 32)) for image, _ in part])
+        tiles.append((torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor([label for _, label in part])))
     return sets | {"photo tiles": tuple(tiles)}
 
 
@@ -343,7 +346,7 @@ def train_run(method, arm, seed, options, train, test, others):
     print(f"{name}: k-NN {record['final']['knn']:.2f}, linear {record['final']['linear']:.2f}", flush=True)
 
 
-SELECTION = ("command", "methods", "arms", "seeds", "data", "output", "run", "every", "workers")
+SELECTION = ("methods", "arms", "seeds", "data", "output", "every", "workers")
 
 
 def run(options):
@@ -371,7 +374,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.06)
     parser.add_argument("--queue", type=int, default=4096, help="MoCo's memory bank")
-    parser.add_argument("--every", type=int, default=5, help="epochs between k-NN measurements")
+    parser.add_argument("--every", type=int, default=4, help="epochs between k-NN measurements")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("accuracy_runs"))
     options = parser.parse_args()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from logo_plugin import Affinity, LoGoLoss, info_nce
+from logo_plugin import Affinity, LoGoLoss, diagnose, info_nce
 from logo_plugin.losses import PRESETS, affinity_loss, local_local_loss
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "logo_reference.json").read_text())
@@ -611,6 +611,33 @@ def test_bad_info_nce(arguments, message):
 def test_bad_affinity(options):
     with pytest.raises(ValueError, match="positive integer"):
         Affinity(**options)
+    with pytest.raises(ValueError, match='norm must be "batch" or "layer", got \'group\''):
+        Affinity(8, norm="group")
+
+
+def test_layer_norm_judges_each_pair_by_itself():
+    """BatchNorm lets the affinity learn to tell the two batches apart instead: a lower loss, a worse judge."""
+
+    def crops(images):
+        shown = torch.randn(images, 8)
+        return torch.stack([shown + 0.3 * torch.randn(images, 8) for _ in range(2)])
+
+    torch.manual_seed(0)
+    loss, accuracy = {}, {}
+    for norm in ("layer", "batch"):
+        affinity = Affinity(8, 64, norm=norm)
+        optimizer = torch.optim.Adam(affinity.parameters(), 0.01)
+        for _ in range(200):
+            value = affinity_loss(affinity, crops(64))
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+        loss[norm], accuracy[norm] = float(value.detach()), diagnose(crops(500), affinity)["affinity_accuracy"]
+    assert accuracy["layer"] > 0.95
+    assert accuracy["batch"] < 0.85
+    alone = Affinity(8, norm="layer")
+    first, second = crops(6)
+    torch.testing.assert_close(alone(first[:1], second[:1]), alone(first, second)[:1])
 
 
 def test_affinity_rejects_shapes_that_do_not_fit():

@@ -259,6 +259,7 @@ def test_affinity_group_is_absent_without_affinity():
         ({"local_weight": 0.1, "gradient_ratio": 0.1}, "not both"),
         ({"reduction": "mean"}, "reduction must be one of"),
         ({"affinity_hidden_dim": 0}, "hidden_dim must be a positive integer"),
+        ({"affinity_norm": "group"}, 'norm must be "batch" or "layer", got'),
         (3, "must be a mapping"),
     ],
 )
@@ -550,7 +551,15 @@ def test_every_loss_option_is_a_config_option():
     import inspect
 
     keywords = set(inspect.signature(LoGoLoss).parameters) - {"similarity"}
-    own = {"affinity_hidden_dim", "fast_crops", "weigh_overlap", "local_predictor", "monitor", "preset"}
+    own = {
+        "affinity_hidden_dim",
+        "affinity_norm",
+        "fast_crops",
+        "weigh_overlap",
+        "local_predictor",
+        "monitor",
+        "preset",
+    }
     assert keywords | own == set(adapter.OPTIONS)
 
 

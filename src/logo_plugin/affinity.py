@@ -1,6 +1,6 @@
 """The learned pair scorer: how likely do two local crops show the same image?"""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Affinity(nn.Module):
-    """Scores pairs of projections with one logit: Linear-BN-ReLU twice, then Linear.
+    """Scores pairs of projections with one logit: Linear-norm-ReLU twice, then Linear.
 
     The paper's f (Eq. 6), called "regressor" in its release and a "critic" elsewhere. `LoGoLoss`
     trains it to give pairs of one image a high logit and pairs of two images a low one.
@@ -17,27 +17,33 @@ class Affinity(nn.Module):
     Args:
         dim: Features D of one projection; pairs are concatenated to 2 D.
         hidden_dim: Width of both hidden layers (release: 256).
+        norm: "batch" (BatchNorm, release) or "layer" (LayerNorm). BatchNorm sees same-image and other-image
+            pairs in batches of their own, and lets the network tell the two batches apart rather than
+            the pairs; LayerNorm makes it judge each pair by itself.
 
     Raises:
-        ValueError: If `dim` or `hidden_dim` is not a positive integer.
+        ValueError: If `dim` or `hidden_dim` is not a positive integer, or `norm` is unknown.
 
     Example:
         >>> Affinity(dim=128)(torch.randn(32, 128), torch.randn(32, 128)).shape
         torch.Size([32])
     """
 
-    def __init__(self, dim: int, hidden_dim: int = 256) -> None:
+    def __init__(self, dim: int, hidden_dim: int = 256, norm: Literal["batch", "layer"] = "batch") -> None:
         super().__init__()
         for name, value in (("dim", dim), ("hidden_dim", hidden_dim)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+        if norm not in ("batch", "layer"):
+            raise ValueError(f'norm must be "batch" or "layer", got {norm!r}.')
+        normed = nn.BatchNorm1d if norm == "batch" else nn.LayerNorm
         self.dim = dim
         self.mlp = nn.Sequential(
             nn.Linear(2 * dim, hidden_dim),
-            nn.BatchNorm1d(hidden_dim),
+            normed(hidden_dim),
             nn.ReLU(),
             nn.Linear(hidden_dim, hidden_dim),
-            nn.BatchNorm1d(hidden_dim),
+            normed(hidden_dim),
             nn.ReLU(),
             nn.Linear(hidden_dim, 1),
         )

@@ -1,0 +1,150 @@
+"""Tables and figures of what benchmarks/accuracy.py measured.
+
+    python benchmarks/accuracy_report.py accuracy_runs --json benchmarks/results/accuracy_small.json
+    python benchmarks/accuracy_report.py benchmarks/results/accuracy_small.json --figures docs
+
+Takes a folder of runs, or the one JSON file made of it. Values are means over seeds; the plus-minus is the half width
+of the 95 % confidence interval (Student's t). Differences are paired by seed.
+"""
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib as mpl
+from scipy.stats import t as student
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+MAIN = ("2 crops", "2 crops, equal compute", "multi-crop", "LoGo")
+COLOURS = dict(zip(MAIN, ("#7f7f7f", "#000000", "#1f77b4", "#d62728"), strict=True))
+# Passes of the network for an image: forward and backward of an online view costs 3, forward of a target view 1.
+PASSES = {"simsiam": (6, 12), "byol": (8, 14), "moco": (4, 10)}
+QUALITY = ("knn", "linear", "linear_10_percent", "digits_knn", "digits_linear", "photo tiles_knn", "photo tiles_linear")
+MECHANISM = ("local_local_similarity", "other_image_similarity", "affinity_accuracy", "effective_rank")
+
+
+def read(path):
+    """{(method, arm): {seed: record}}"""
+    files = sorted(path.glob("*.json")) if path.is_dir() else []
+    records = [json.loads(file.read_text()) for file in files] or json.loads(path.read_text())
+    runs = defaultdict(dict)
+    for record in records:
+        runs[record["method"], record["arm"]][record["seed"]] = record
+    return records, dict(runs)
+
+
+def interval(values):
+    """Mean and half width of its 95 % confidence interval (None for fewer than two values)."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return mean, float(student.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
+
+
+def cell(values, digits=1):
+    if not values:
+        return ""
+    mean, half = interval(values)
+    return f"{mean:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
+
+
+def table(runs, methods, arms, columns, digits=1):
+    print("| method | arm | seeds | " + " | ".join(column.replace("_", " ") for column in columns) + " |")
+    print("|" + "---|" * (len(columns) + 3))
+    for method in methods:
+        for arm in arms:
+            of_seeds = runs.get((method, arm))
+            if of_seeds:
+                finals = [record["final"] | {"s per step": record["seconds_per_step"]} for record in of_seeds.values()]
+                cells = [cell([f[c] for f in finals if c in f], digits) for c in columns]
+                print(f"| {method} | {arm} | {len(of_seeds)} | " + " | ".join(cells) + " |")
+    print()
+
+
+def differences(runs, method, base, what="knn"):
+    """[(arm, paired differences to the base)], of arms that share a seed with it."""
+    found = []
+    reference = runs.get((method, base), {})
+    for (of, arm), of_seeds in runs.items():
+        shared = of_seeds.keys() & reference.keys()
+        if of == method and arm != base and shared:
+            pairs = [of_seeds[s]["final"][what] - reference[s]["final"][what] for s in sorted(shared)]
+            found.append((arm, pairs))
+    return sorted(found, key=lambda item: interval(item[1])[0])
+
+
+def draw_curves(runs, methods, path):
+    figure, axes = plt.subplots(1, len(methods), figsize=(4.2 * len(methods), 3.8), layout="constrained", squeeze=False)
+    for axis, method in zip(axes[0], methods, strict=True):
+        for arm in MAIN:
+            of_seeds = list(runs.get((method, arm), {}).values())
+            if not of_seeds:
+                continue
+            passes = PASSES[method]["2 crops" not in arm]
+            epochs = [epoch for epoch, _ in of_seeds[0]["curve"]]
+            values = [interval([record["curve"][i][1] for record in of_seeds]) for i in range(len(epochs))]
+            means, halves = [v[0] for v in values], [v[1] or 0 for v in values]
+            axis.errorbar(
+                [e * passes / PASSES[method][0] for e in epochs], means, halves, label=arm, color=COLOURS[arm],
+                marker="o", markersize=4, capsize=3,
+            )  # fmt: skip
+        axis.set(title=method, xlabel="compute, in epochs of 2 crops", ylabel="k-NN accuracy, %")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def draw_factors(runs, method, base, path):
+    rows = differences(runs, method, base)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.9 + 0.3 * len(rows)), layout="constrained")
+    for y, (_, pairs) in enumerate(rows):
+        mean, half = interval(pairs)
+        axes[0].plot(pairs, [y] * len(pairs), ".", color="#bbbbbb")
+        axes[0].errorbar(mean, y, xerr=half, fmt="o", color="#1f77b4", capsize=3)
+    axes[0].axvline(0, color="black", linewidth=0.8)
+    axes[0].set_yticks(range(len(rows)), [f"{arm} ({len(pairs)})" for arm, pairs in rows])
+    axes[0].set(title=f"{method}: k-NN minus plain multi-crop's (seeds)", xlabel="percentage points")
+    for (of, arm), of_seeds in runs.items():
+        if of == method:
+            finals = [record["final"] for record in of_seeds.values()]
+            x, y = (interval([f[name] for f in finals])[0] for name in ("local_local_similarity", "knn"))
+            axes[1].plot(x, y, "o", color=COLOURS.get(arm, "#2ca02c"))
+            axes[1].annotate(arm, (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points")
+    axes[1].set(title="what repulsion does", xlabel="cosine of two local crops of one image", ylabel="k-NN accuracy, %")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="a folder of accuracy.py, or the JSON file made of one")
+    parser.add_argument("--json", type=Path, help="write all runs into one file")
+    parser.add_argument("--figures", type=Path, help="folder for accuracy_curves.png and accuracy_factors.png")
+    options = parser.parse_args()
+    records, runs = read(options.runs)
+    if options.json:
+        options.json.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+    methods = list(dict.fromkeys(record["method"] for record in records))
+    table(runs, methods, MAIN, QUALITY)
+    table(runs, methods, MAIN, ("s per step",), digits=3)
+    others = [arm for method, arm in runs if arm not in MAIN]
+    table(runs, methods, list(dict.fromkeys(others)), QUALITY[:3])
+    table(runs, methods, [*MAIN, *dict.fromkeys(others)], MECHANISM, digits=2)
+    for method in methods:
+        print(f"k-NN minus multi-crop's, {method}:")
+        for arm, pairs in differences(runs, method, "multi-crop"):
+            print(f"  {arm}: {cell(pairs, 2)} ({len(pairs)} seeds)")
+    if options.figures:
+        draw_curves(runs, methods, options.figures / "accuracy_curves.png")
+        most = max(methods, key=lambda method: sum(of == method for of, _ in runs))
+        draw_factors(runs, most, "multi-crop", options.figures / "accuracy_factors.png")
+
+
+if __name__ == "__main__":
+    main()
