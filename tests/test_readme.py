@@ -50,6 +50,8 @@ def test_block_runs(name, tmp_path, monkeypatch):
     if name.startswith(NEED_MORE):
         return
     names = users_names(tmp_path)
+    (tmp_path / "my_images").mkdir()
+    names["dataset"][0][0].save(tmp_path / "my_images" / "photograph.png")
     exec(code, names)
     terms = names.get("terms", getattr(names["model"], "logo_terms", None))
     if isinstance(terms, LoGoTerms):

@@ -79,7 +79,7 @@ class LoGoLoss(nn.Module):
         average_targets: Compare each local crop with the mean of the global targets instead of each of them,
             at unchanged weights ("mean encoding" of asym-siam, https://arxiv.org/abs/2204.00613). As there,
             the mean is of the targets as they come, and normalised afterwards. With the cosine, for unit
-            targets of mean m, mean_j cos(p, t_j) = |m| cos(p, m): only the images' weights change, those
+            targets of mean m, mean_j cos(p, t_j) = norm(m) cos(p, m): only the images' weights change, those
             whose targets disagree no longer count less.
 
     Raises:
