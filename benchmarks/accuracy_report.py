@@ -4,7 +4,7 @@
     python benchmarks/accuracy_report.py benchmarks/results/accuracy_small.json --figures docs
 
 Takes a folder of runs, or the one JSON file made of it. Values are means over seeds; the plus-minus is the half width
-of the 95 % confidence interval (Student's t). Differences are paired by seed.
+of the 95 % confidence interval (Student's t), from 3 seeds on. Differences are paired by seed.
 """
 
 import argparse
@@ -38,9 +38,9 @@ def read(path):
 
 
 def interval(values):
-    """Mean and half width of its 95 % confidence interval (None for fewer than two values)."""
+    """Mean and half width of its 95 % confidence interval (None for fewer than three values)."""
     mean = sum(values) / len(values)
-    if len(values) < 2:
+    if len(values) < 3:
         return mean, None
     deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
     return mean, float(student.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
@@ -79,20 +79,19 @@ def differences(runs, method, base, what="knn"):
 
 
 def draw_curves(runs, methods, path):
-    figure, axes = plt.subplots(1, len(methods), figsize=(4.2 * len(methods), 3.8), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(methods), figsize=(3.6 * len(methods), 3.6), layout="constrained", squeeze=False)
     for axis, method in zip(axes[0], methods, strict=True):
         for arm in MAIN:
             of_seeds = list(runs.get((method, arm), {}).values())
             if not of_seeds:
                 continue
             passes = PASSES[method]["2 crops" not in arm]
-            epochs = [epoch for epoch, _ in of_seeds[0]["curve"]]
-            values = [interval([record["curve"][i][1] for record in of_seeds]) for i in range(len(epochs))]
-            means, halves = [v[0] for v in values], [v[1] or 0 for v in values]
-            axis.errorbar(
-                [e * passes / PASSES[method][0] for e in epochs], means, halves, label=arm, color=COLOURS[arm],
-                marker="o", markersize=4, capsize=3,
-            )  # fmt: skip
+            compute = [epoch * passes / PASSES[method][0] for epoch, _ in of_seeds[0]["curve"]]
+            curves = [[accuracy for _, accuracy in record["curve"]] for record in of_seeds]
+            means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+            axis.plot(compute, means, color=COLOURS[arm], label=arm)
+            for curve in curves:
+                axis.plot(compute, curve, "o", color=COLOURS[arm], markersize=3.5, alpha=0.6)
         axis.set(title=method, xlabel="compute, in epochs of 2 crops", ylabel="k-NN accuracy, %")
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
@@ -105,7 +104,7 @@ def draw_factors(runs, method, base, path):
     for y, (_, pairs) in enumerate(rows):
         mean, half = interval(pairs)
         axes[0].plot(pairs, [y] * len(pairs), ".", color="#bbbbbb")
-        axes[0].errorbar(mean, y, xerr=half, fmt="o", color="#1f77b4", capsize=3)
+        axes[0].errorbar(mean, y, xerr=half, fmt="o", color="#1f77b4", capsize=3)  # no bar below 3 seeds
     axes[0].axvline(0, color="black", linewidth=0.8)
     axes[0].set_yticks(range(len(rows)), [f"{arm} ({len(pairs)})" for arm, pairs in rows])
     axes[0].set(title=f"{method}: k-NN minus plain multi-crop's (seeds)", xlabel="percentage points")
