@@ -10,6 +10,7 @@ repeated, one that was stopped continues from its last epoch, so stop and restar
     python benchmarks/accuracy_report.py accuracy_runs                       # tables and figures
 
 --data is a folder for torchvision's CIFAR10 (downloaded if missing), or one with its images as WebP strips.
+Needs pip install '.[benchmarks]'.
 """
 
 import argparse
