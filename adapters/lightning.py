@@ -150,7 +150,7 @@ def _picture(views: Sequence[Tensor], images: int, trainer: Any) -> Tensor:
         pixels = (view[:images, :3].detach().float().cpu() * std + mean).clamp(0, 1)
         down, across = height - view.shape[2], width - view.shape[3]
         columns.append(F.pad(pixels, (across // 2, across - across // 2, down // 2, down - down // 2), value=1.0))
-    grid = make_grid(torch.stack(columns, 1).flatten(0, 1), nrow=len(views), pad_value=1.0)
+    grid: Tensor = make_grid(torch.stack(columns, 1).flatten(0, 1), nrow=len(views), pad_value=1.0)
     return (grid * 255).round().to(torch.uint8)
 
 
