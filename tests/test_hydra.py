@@ -70,6 +70,7 @@ def test_doctor_says_what_is_missing(tmp_path):
     done = doctor()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "core: ok" in done.stdout
+    assert "solo: not ready (only if you want it)" in done.stdout
     done = doctor("solo")
     assert done.returncode == 1
     assert "git clone https://github.com/vturrisi/solo-learn" in done.stdout

@@ -52,12 +52,14 @@ def main(arguments: list[str] | None = None) -> int:
                 methods, problems = _solo_methods()
         elif not problems:
             methods = {"lightly": ["wrap() for BYOL, MoCo and SimSiam models"], "timm": ["backbones"]}[host]
-        failed |= bool(_report(host, problems, methods)) and host in asked
+        failed |= bool(_report(host, problems, methods, asked=host in asked)) and host in asked
     return int(failed)
 
 
-def _report(name: str, problems: list[str], methods: list[str] | None = None) -> list[str]:
-    print(f"\n{name}: {'does not work' if problems else 'ok'}{', ' + ', '.join(methods) if methods else ''}")
+def _report(name: str, problems: list[str], methods: list[str] | None = None, asked: bool = True) -> list[str]:
+    # Most people want one host: what the others lack is no fault.
+    state = ("does not work" if asked else "not ready (only if you want it)") if problems else "ok"
+    print(f"\n{name}: {state}{', ' + ', '.join(methods) if methods else ''}")
     for problem in problems:
         print(f"  - {problem}")
     return problems
@@ -74,7 +76,8 @@ def _misfits(extra: str | None) -> list[str]:
     """Compares what is installed with the requirements in this package's own metadata."""
     if _version("logo-plugin") is None:
         return [] if extra else ["logo_plugin is not installed, only on the path: pip install . in its folder"]
-    found = []
+    found: list[str] = []
+    missing: dict[str, str] = {}
     for requirement in metadata.requires("logo-plugin") or []:
         match = re.match(r'([\w.-]+)(?:>=([\d.]+))?[^;]*(?:;.*extra == ["\'](\w+)["\'])?', requirement)
         if match is None or match[3] != extra:
@@ -82,10 +85,11 @@ def _misfits(extra: str | None) -> list[str]:
         name, least = match[1], match[2] or "0"
         version = _version(name)
         if version is None:
-            wanted = f"{name}>={least}" if match[2] else name
-            found.append(f'{name} is not installed: pip install "{wanted}"')
+            missing[name] = f'"{name}>={least}"' if match[2] else name
         elif _numbers(version) < _numbers(least):
             found.append(f'{name} {version} is older than {least}: pip install --upgrade "{name}>={least}"')
+    if missing:
+        found.append(f"not installed: {', '.join(missing)}; pip install {' '.join(missing.values())}")
     return found
 
 
