@@ -24,6 +24,7 @@ COLOURS = dict(zip(MAIN, ("#7f7f7f", "#000000", "#1f77b4", "#d62728"), strict=Tr
 # Passes of the network for an image: forward and backward of an online view costs 3, forward of a target view 1.
 PASSES = {"simsiam": (6, 12), "byol": (8, 14), "moco": (4, 10)}
 QUALITY = ("knn", "linear", "linear_10_percent", "digits_knn", "digits_linear", "photo tiles_knn", "photo tiles_linear")
+DIGITS = {"s per step": 3, "local_local_similarity": 2, "other_image_similarity": 2}
 MECHANISM = ("local_local_similarity", "other_image_similarity", "affinity_accuracy", "effective_rank")
 
 
@@ -53,7 +54,7 @@ def cell(values, digits=1):
     return f"{mean:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
-def table(runs, methods, arms, columns, digits=1):
+def table(runs, methods, arms, columns):
     print("| method | arm | seeds | " + " | ".join(column.replace("_", " ") for column in columns) + " |")
     print("|" + "---|" * (len(columns) + 3))
     for method in methods:
@@ -61,7 +62,7 @@ def table(runs, methods, arms, columns, digits=1):
             of_seeds = runs.get((method, arm))
             if of_seeds:
                 finals = [record["final"] | {"s per step": record["seconds_per_step"]} for record in of_seeds.values()]
-                cells = [cell([f[c] for f in finals if c in f], digits) for c in columns]
+                cells = [cell([f[c] for f in finals if c in f], DIGITS.get(c, 1)) for c in columns]
                 print(f"| {method} | {arm} | {len(of_seeds)} | " + " | ".join(cells) + " |")
     print()
 
@@ -130,11 +131,9 @@ def main():
     if options.json:
         options.json.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
     methods = list(dict.fromkeys(record["method"] for record in records))
-    table(runs, methods, MAIN, QUALITY)
-    table(runs, methods, MAIN, ("s per step",), digits=3)
-    others = [arm for method, arm in runs if arm not in MAIN]
-    table(runs, methods, list(dict.fromkeys(others)), QUALITY[:3])
-    table(runs, methods, [*MAIN, *dict.fromkeys(others)], MECHANISM, digits=2)
+    arms = [*MAIN, *dict.fromkeys(arm for _, arm in runs if arm not in MAIN)]
+    table(runs, methods, arms, (*QUALITY, "s per step"))
+    table(runs, methods, arms, MECHANISM)
     for method in methods:
         print(f"k-NN minus multi-crop's, {method}:")
         for arm, pairs in differences(runs, method, "multi-crop"):
