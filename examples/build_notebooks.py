@@ -20,21 +20,25 @@ NEEDS_CLONE = "03_solo_learn"
 def build(source, folder):
     notebook = jupytext.read(source)
     start = time.time()
-    client = NotebookClient(notebook, timeout=1800, record_timing=False, resources={"metadata": {"path": SOURCES}})
+    options = {"timeout": 1800, "record_timing": False, "coalesce_streams": True}
+    client = NotebookClient(notebook, resources={"metadata": {"path": SOURCES}}, **options)
     client.execute()
     # What differs from run to run and from machine to machine would only fill diffs.
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    complaints = []
     for i, cell in enumerate(notebook.cells):
         cell.id, cell.metadata = str(i), {}
         for output in cell.get("outputs", []):
             if output.get("name") == "stderr":
-                raise SystemExit(f"{source.name}, cell {i} writes to stderr:\n{output.text}")
+                complaints.append(f"{source.name}, cell {i} writes to stderr:\n{output.text}")
             output.pop("metadata", None)
             if output.output_type in ("display_data", "execute_result"):
                 output.metadata = {}
     folder.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, folder / f"{source.stem}.ipynb")
     print(f"{source.stem}: {time.time() - start:.0f} s", flush=True)
+    if complaints:
+        raise SystemExit("\n".join(complaints))
 
 
 def main():
@@ -42,6 +46,7 @@ def main():
     parser.add_argument("names", nargs="*", help="how the names start, for example 01; default: all")
     parser.add_argument("--output", type=Path, default=SOURCES)
     options = parser.parse_args()
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm, wherever it is imported, wants ipywidgets
     for source in sorted(SOURCES.glob("*.py")):
         if not source.stem.startswith(tuple(options.names) or ""):
             continue

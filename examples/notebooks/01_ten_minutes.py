@@ -44,7 +44,7 @@ axes["photograph"].imshow(photograph)
 for i, (name, colour, (x0, y0, x1, y1)) in enumerate(zip(names, colours, boxes.boxes[:, 0].tolist(), strict=True)):
     box = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=3)
     axes["photograph"].add_patch(box)
-    axes[i].imshow(views[i][0].permute(1, 2, 0))
+    axes[i].imshow(views[i][0].permute(1, 2, 0).clamp(0, 1))
     axes[i].set_title(f"{name}, {views[i].shape[-1]} px", color=colour)
 for axis in axes.values():
     axis.set_axis_off()
@@ -138,7 +138,7 @@ learner = LoGoLearner(
 untrained = copy.deepcopy(learner)
 optimizer = torch.optim.SGD(learner.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
 history = []
-for _ in range(10):
+for _ in range(8):
     for views, _ in DataLoader(train, batch_size=32, shuffle=True, drop_last=True, collate_fn=crops):
         optimizer.zero_grad()
         learner(views).backward()
@@ -207,9 +207,7 @@ with torch.no_grad():
         axis.hist(other, bins, alpha=0.6, label="two images", color="tab:gray")
         axis.set(title=f"{title}: {accuracy(same, other):.0%} right by sign", xlabel="logit")
         twin = copy.deepcopy(f).train()
-        print(
-            f"{title}: {accuracy(twin(z[2], z[3]), twin(z[2], z[3].roll(5, 0))):.0%} right with batch statistics"
-        )
+        print(f"{title}: {accuracy(twin(z[2], z[3]), twin(z[2], z[3].roll(5, 0))):.0%} right with batch statistics")
 axes[0].legend()
 print({name: round(value, 2) for name, value in diagnose(z[2:], learner.criterion.affinity).items()})
 

@@ -13,14 +13,18 @@ import sys
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.patches import Rectangle
+from PIL import Image
+from skimage import data
 from torch import nn
 from torch.utils.data import DataLoader
 
-from logo_plugin import LoGoLearner, LoGoLoss, MultiCropCollate, crop_overlap, diagnose
+from logo_plugin import LoGoLearner, MultiCropCollate, MultiCropTransform, crop_overlap, diagnose
 
 sys.path.insert(0, "..")
 from photographs import photograph_tiles
 
+plt.rcParams["axes.titlesize"] = 10
 STEPS = 60
 torch.manual_seed(0)
 samples, held_out = photograph_tiles(60)
@@ -64,35 +68,41 @@ def train(learner, lr=0.05):
 # %% [markdown]
 # ## A loss that looks great
 #
-# SimSiam needs its predictor: without it, projecting every image to one point is the easiest way to make crops agree.
-# The same run twice, once with the predictor replaced by the identity.
+# SimSiam needs its predictor: without it, mapping every image to one point is the easiest way to make crops agree.
+# Three runs: SimSiam; its predictor replaced by the identity; and also the BatchNorm after its projector taken away.
 
 # %%
 runs = {}
-for name in ("SimSiam", "without predictor"):
+for name in ("SimSiam", "no predictor", "no predictor, no BatchNorm"):
     torch.manual_seed(0)
     learner = LoGoLearner(
         network(), method="simsiam", image_size=(32, 32), hidden_dim=256, output_dim=64, predictor_dim=32
     )
-    if name == "without predictor":
+    if name != "SimSiam":
         learner.predictor = nn.Identity()
+    if name.endswith("no BatchNorm"):
+        learner.projector[-1] = nn.Identity()
     runs[name] = train(learner)
 
-figure, axes = plt.subplots(1, 4, figsize=(12, 2.8), layout="constrained")
-for (name, (similarity, found)), colour in zip(runs.items(), ("tab:blue", "tab:red"), strict=True):
+figure, axes = plt.subplots(1, 4, figsize=(12, 3), layout="constrained")
+steps = range(0, STEPS + 1, 6)
+for (name, (similarity, found)), colour in zip(runs.items(), ("tab:blue", "tab:orange", "tab:red"), strict=True):
     axes[0].plot(similarity, color=colour, label=name)
-    steps = range(0, STEPS + 1, 6)
     for axis, key in zip(axes[1:3], ("embedding_std", "effective_rank"), strict=True):
         axis.plot(steps, [values[key] for values in found], color=colour)
         axis.set(title=key, xlabel="step", ylim=(0, None))
     axes[3].plot(steps, [values["local_local_similarity"] for values in found], color=colour)
     axes[3].plot(steps, [values["other_image_similarity"] for values in found], color=colour, linestyle=":")
-axes[0].set(title="global_global, the loss", xlabel="step")
+    print(
+        f"{name:27} loss {similarity[-1]:.2f}, std {found[-1]['embedding_std']:.2f}, "
+        f"rank {found[-1]['effective_rank']:.1f}"
+    )
+axes[0].set(title="the loss (global_global)", xlabel="step")
 axes[0].legend(fontsize=8)
-axes[3].set(title="cosine: one image, two images (dotted)", xlabel="step")
-for name, (similarity, found) in runs.items():
-    values = ", ".join(f"{key} {found[-1][key]:.2f}" for key in ("embedding_std", "effective_rank"))
-    print(f"{name:18} loss {similarity[-1]:.2f}, {values}")
+axes[3].set(title="cosine, same image; other image dotted", xlabel="step")
+
+# %% [markdown]
+# TEXT-COLLAPSE
 
 # %% [markdown]
 # ## How hard to push
@@ -120,52 +130,50 @@ for i, (ratio, (similarity, found)) in enumerate(sweep.items()):
     axes[2].plot(steps, [values["effective_rank"] for values in found], color=colour)
 axes[0].set(title="global_global", xlabel="step")
 axes[0].legend(fontsize=8)
-axes[1].set(title="cosine of local crops: one image, two images (dotted)", xlabel="step")
+axes[1].set(title="cosine, same image; other image dotted", xlabel="step")
 axes[2].set(title="effective_rank", xlabel="step", ylim=(0, None))
-print("ratio  one image  two images   gap   std  rank")
+print("ratio  same image  other image   gap   std  rank")
 for ratio, (_, found) in sweep.items():
     one, two, std, rank = (
         found[-1][key]
         for key in ("local_local_similarity", "other_image_similarity", "embedding_std", "effective_rank")
     )
-    print(f"{ratio:5g}{one:11.2f}{two:12.2f}{one - two:6.2f}{std:6.2f}{rank:6.1f}")
+    print(f"{ratio:5g}{one:12.2f}{two:13.2f}{one - two:6.2f}{std:6.2f}{rank:6.1f}")
 
 # %% [markdown]
+# TEXT-LAMBDA
+#
 # ## How often are the two local crops the same?
 #
-# Two crops that show the same place should not be told to differ. `crop_overlap` gives the intersection over union of
-# the boxes.
+# Crops that show the same place should not be told to differ. `crop_overlap` gives the intersection over union of
+# their boxes, and `weigh_overlap=True` in `wrap`, or `local_overlap=` of `LoGoLoss`, multiplies the repulsion of each
+# image by 1 - overlap.
 
 # %%
 torch.manual_seed(0)
-figure, axes = plt.subplots(1, 2, figsize=(11, 3), layout="constrained")
+photograph = Image.fromarray(data.astronaut())
+figure, axes = plt.subplots(1, 5, figsize=(12, 2.8), layout="constrained", width_ratios=(1.9, 1, 1, 1, 1))
 for scale, colour in (((0.05, 0.2), "tab:green"), ((0.05, 0.4), "tab:blue"), ((0.15, 0.4), "tab:orange")):
-    draw = MultiCropCollate(global_size=16, local_size=16, local_scale=scale, return_boxes=True, jitter_p=0, blur_p=0)
-    overlap = torch.cat([crop_overlap(draw(samples)[-1].boxes[2:])[0] for _ in range(4)])
+    draw = MultiCropTransform(local_scale=scale).draw
+    boxes = torch.tensor([[recipe.box for recipe in draw(*photograph.size)[2:]] for _ in range(5000)])
+    overlap = crop_overlap(boxes.transpose(0, 1).float())[0]
     axes[0].hist(overlap, torch.linspace(0, 1, 41), histtype="step", linewidth=2, color=colour, label=f"scale {scale}")
-    print(f"scale {scale}: none {(overlap == 0).float().mean():.0%}, mean {overlap.mean():.2f}, "
-          f"above one half {(overlap > 0.5).float().mean():.1%}")  # fmt: skip
-axes[0].set(title="overlap of two local crops", xlabel="intersection over union", ylabel="images", yscale="log")
-axes[0].legend(fontsize=8)
-
-# With overlaps given, the repulsion of each image is multiplied by 1 - overlap: what is left of its gradient?
-draw = MultiCropCollate(global_size=32, local_size=32, return_boxes=True)
-views, _, boxes = draw(samples[:256])
-overlap = crop_overlap(boxes.boxes[2:])
-learner.eval()  # BatchNorm would mix the images' gradients
-criterion = LoGoLoss(affinity=learner.criterion.affinity)
-with torch.no_grad():
-    z, t = (
-        torch.stack([learner.projector(learner.backbone(v).flatten(1)) for v in part])
-        for part in (views[2:], views[:2])
+    print(
+        f"scale {scale}: none {(overlap == 0).float().mean():.0%}, "
+        f"above one half {(overlap > 0.5).float().mean():.1%}, "
+        f"repulsion left by weighing {(1 - overlap).mean():.0%}"
     )
-z.requires_grad_()
-norms = []
-for weighing in (None, overlap):
-    terms = criterion(global_pred=t, global_target=t, local_pred=z, local_proj=z, local_overlap=weighing)
-    norms.append(torch.autograd.grad(terms.local_local, z)[0].norm(dim=-1).mean(0))
-axes[1].scatter(overlap[0], norms[1] / norms[0], s=8)
-axes[1].set(
-    title="repulsion that is left with overlap weighing", xlabel="overlap of the image's local crops", ylim=(0, 1.05)
-)
-print(f"of all repulsion {(norms[1].sum() / norms[0].sum()):.0%} is left at the default scale (0.05, 0.4)")
+    if scale == (0.05, 0.4):  # the default
+        examples = [(overlap - wanted).abs().argmin() for wanted in (0, 0.25, 0.5, 0.75)]
+        shown = [(boxes[i].tolist(), overlap[i]) for i in examples]
+axes[0].set(title="overlap of the two local crops", xlabel="intersection over union", ylabel="of 5000", yscale="log")
+axes[0].legend(fontsize=8)
+for axis, (pair, overlap) in zip(axes[1:], shown, strict=True):
+    axis.imshow(photograph)
+    for (x0, y0, x1, y1), colour in zip(pair, ("tab:red", "tab:orange"), strict=True):
+        axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=3))
+    axis.set(title=f"overlap {overlap:.2f}, x {1 - overlap:.2f}")
+    axis.set_axis_off()
+
+# %% [markdown]
+# TEXT-OVERLAP
