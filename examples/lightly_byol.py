@@ -68,6 +68,10 @@ transform = BYOLTransform(BYOLView1Transform(input_size=48), BYOLView2Transform(
 dataset = Tiles(transform)
 dataloader = torch.utils.data.DataLoader(dataset, batch_size=32, shuffle=True, drop_last=True)
 trainer = pl.Trainer(
-    max_epochs=8, accelerator="cpu", logger=CSVLogger("."), log_every_n_steps=4, enable_progress_bar=False
+    max_epochs=8,
+    accelerator="cpu",
+    logger=CSVLogger("."),
+    log_every_n_steps=4,
+    enable_progress_bar=False,
 )
 trainer.fit(model, dataloader)

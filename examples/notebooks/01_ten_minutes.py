@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from logo_plugin import Affinity, LoGoLearner, LoGoLoss, MultiCropCollate, diagnose
 
 sys.path.insert(0, "..")
-from photographs import photograph_tiles
+from photographs import PHOTOGRAPHS, photograph_tiles
 
 # %% [markdown]
 # ## Four crops
@@ -39,7 +39,8 @@ collate = MultiCropCollate(return_boxes=True, mean=(0, 0, 0), std=(1, 1, 1))
 views, boxes = collate([photograph])
 names, colours = ("global 1", "global 2", "local 1", "local 2"), ("tab:blue", "tab:cyan", "tab:red", "tab:orange")
 
-figure, axes = plt.subplot_mosaic([["photograph", 0, 1], ["photograph", 2, 3]], figsize=(9, 4.6), layout="constrained")
+layout = [["photograph", 0, 1], ["photograph", 2, 3]]
+figure, axes = plt.subplot_mosaic(layout, figsize=(7.5, 3.7), layout="constrained", dpi=80, width_ratios=(2, 1, 1))
 axes["photograph"].imshow(photograph)
 for i, (name, colour, (x0, y0, x1, y1)) in enumerate(zip(names, colours, boxes.boxes[:, 0].tolist(), strict=True)):
     box = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=3)
@@ -187,46 +188,55 @@ for axis, (title, model) in zip(axes, (("untrained", untrained), ("trained", lea
 # %% [markdown]
 # ## What the affinity learned
 #
-# The same held-out tiles: the affinity's logit for two local crops of one image (first of the tile, second of the
-# tile) and for crops of two images.
-
+# Its loss, the last curve above, fell. But what can it do? It is given two local crops of one held-out tile, or crops
+# of two tiles, and should answer with a logit above 0 for the first and below 0 for the second. Four ways to ask:
+# untrained; trained, each pair by itself (BatchNorm in eval mode); trained, with BatchNorm as in training, where the
+# same-image pairs are one batch and the other pairs another; and the same with both kinds mixed in one batch.
 
 # %%
-def accuracy(same, other):
-    return ((same > 0).float().mean() + (other < 0).float().mean()).item() / 2
-
-
-figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained", sharey=True)
-with torch.no_grad():
-    for axis, (title, model) in zip(axes, (("untrained", untrained), ("trained", learner)), strict=True):
+PANELS = ("untrained", "trained, pair by pair", "trained, batches apart", "trained, kinds mixed")
+figure, axes = plt.subplots(1, 4, figsize=(12, 2.8), layout="constrained", sharey=True)
+for axis, title in zip(axes, PANELS, strict=True):
+    model = untrained if title == "untrained" else learner
+    with torch.no_grad():
         z, _, _ = outputs(model, test_views)
-        f = model.criterion.affinity
-        same, other = f(z[2], z[3]), f(z[2], z[3].roll(5, 0))
-        bins = torch.linspace(*torch.cat([same, other]).quantile(torch.tensor([0.0, 1.0])).tolist(), 40)
-        axis.hist(same, bins, alpha=0.6, label="one image", color="tab:red")
-        axis.hist(other, bins, alpha=0.6, label="two images", color="tab:gray")
-        axis.set(title=f"{title}: {accuracy(same, other):.0%} right by sign", xlabel="logit")
-        twin = copy.deepcopy(f).train()
-        print(f"{title}: {accuracy(twin(z[2], z[3]), twin(z[2], z[3].roll(5, 0))):.0%} right with batch statistics")
-axes[0].legend()
+        f, a, b, other_b = copy.deepcopy(model.criterion.affinity), z[2], z[3], z[3].roll(5, 0)
+        f.train("apart" in title or "mixed" in title)
+        if "mixed" in title:
+            same, other = f(torch.cat([a, a]), torch.cat([b, other_b])).chunk(2)
+        else:
+            same, other = f(a, b), f(a, other_b)
+    both = torch.cat([same, other])
+    bins = torch.linspace(both.min(), both.max(), 30)
+    axis.hist(same, bins, alpha=0.6, label="one image", color="tab:red")
+    axis.hist(other, bins, alpha=0.6, label="two images", color="tab:gray")
+    right = ((same > 0).float().mean() + (other < 0).float().mean()) / 2
+    axis.set_title(f"{title}: {right:.0%}", fontsize=10)
+    axis.set_xlabel("logit")
+axes[0].legend(fontsize=8)
 print({name: round(value, 2) for name, value in diagnose(z[2:], learner.criterion.affinity).items()})
 
 # %% [markdown]
-# And pair by pair, three tiles of each photograph: row and column are the first and second local crop of a tile.
+# TEXT-AFFINITY
+#
+# Pair by pair, three tiles of each photograph: row and column are the first and second local crop of a tile.
 
 # %%
-per_photograph = len(held_out) // 7
+per_photograph = len(held_out) // len(PHOTOGRAPHS)
 chosen = [per_photograph * label + i for label in range(7) for i in (0, per_photograph // 2, per_photograph - 1)]
 first, second = z[2][chosen], z[3][chosen]
 with torch.no_grad():
     n = len(chosen)
-    logits = learner.criterion.affinity(first.repeat_interleave(n, 0), second.repeat(n, 1)).view(n, n)
+    logits = learner.criterion.affinity.eval()(first.repeat_interleave(n, 0), second.repeat(n, 1)).view(n, n)
 cosines = F.cosine_similarity(first[:, None], second[None], dim=-1)
-figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
 for axis, (title, table) in zip(axes, (("cosine", cosines), ("affinity's logit", logits)), strict=True):
     figure.colorbar(axis.imshow(table, cmap="viridis"), ax=axis, shrink=0.8)
-    axis.set(title=title, xticks=[], yticks=range(1, n, 3), xlabel="second local crop")
+    axis.set(title=title, xticks=[], yticks=range(1, n, 3), xlabel="second local crop of the same tiles")
+    axis.set_yticklabels([name[:12] for name in PHOTOGRAPHS], fontsize=8)
     for border in range(3, n, 3):
         axis.axhline(border - 0.5, color="white", linewidth=0.5)
         axis.axvline(border - 0.5, color="white", linewidth=0.5)
-    axis.set_yticklabels([held_out[chosen[i]][1] for i in range(1, n, 3)])
+
+# %% [markdown]
+# TEXT-MATRIX

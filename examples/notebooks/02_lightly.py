@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pytorch_lightning  # noqa: F401  (sets its log level when imported, so before ours)
 import torch
 from PIL import Image
 
@@ -66,7 +67,7 @@ for old, new in {
     "transform = BYOLTransform(BYOLView1Transform(input_size=48), BYOLView2Transform(input_size=48))\n": "",
     "Tiles(transform)\n": "Tiles()\ncollate = MultiCropCollate(global_size=48, local_size=32)\n",
     "drop_last=True)": "drop_last=True, collate_fn=collate)",
-    "max_epochs=8,": "max_epochs=8, callbacks=[LoGoMonitor(every_n_steps=4)],",
+    "    max_epochs=8,\n": "    max_epochs=8,\n    callbacks=[LoGoMonitor(every_n_steps=4)],\n",
 }.items():
     assert before.count(old) == 1, old
     after = after.replace(old, new)
@@ -95,7 +96,7 @@ axes[0].legend()
 for name in ("global_global", "local_global", "local_local", "affinity"):
     axes[1].plot(*curves_after[f"logo/{name}"], label=name)
 axes[1].set(title="after: LoGo's terms, unweighted", xlabel="step")
-axes[1].legend(fontsize=8, ncols=2)
+_ = axes[1].legend(fontsize=8, ncols=2)
 
 # %% [markdown]
 # ## What the monitor logged
@@ -117,7 +118,7 @@ for axis, name, limits in zip(
 ):
     axis.plot(*curves_after[f"logo/{name}"])
     axis.set(title=name, xlabel="step", ylim=limits)
-axes[3].axhline(0.5, color="gray", linestyle=":")
+_ = axes[3].axhline(0.5, color="gray", linestyle=":")
 
 # %% [markdown]
 # Once an epoch it also keeps a picture of the crops, here of the first: one row for each image, globals first.
@@ -128,6 +129,9 @@ Image.open(folder / "after/lightning_logs/version_0/logo_crops/epoch_0000.png").
 )
 
 # %% [markdown]
+# `affinity_accuracy` goes up and down around 0.5, which is chance, while the affinity's loss above falls. That is no
+# mistake of the monitor: [the first notebook](01_ten_minutes.ipynb) takes the affinity apart.
+#
 # ## The backbone is yours
 #
 # `wrap` adds the affinity to the model and changes nothing of what was there: the trained backbone loads into an

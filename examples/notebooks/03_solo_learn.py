@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -33,7 +34,10 @@ for part, samples in zip(("train", "val"), photograph_tiles(24), strict=True):
 
 def run(script, *arguments):
     """Prints the command and runs it in the folder of the data; gives what it printed."""
-    print(f"python {script}", *arguments, sep=" \\\n    ")
+    shown = " ".join(f'"{argument}"' if "'" in argument else argument for argument in (script, *arguments))
+    print(
+        textwrap.fill(f"python {shown}", 100, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False)
+    )
     command = [sys.executable, "-W", "ignore", CLONE / script, "--config-path", CLONE / arguments[1], *arguments[2:]]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -88,9 +92,9 @@ print({name: saved[name] for name in ("method", "name")}, saved["method_kwargs"]
 #
 # ## Reading the logs
 #
-# Without W&B Lightning writes for TensorBoard, or CSV files where that is not installed. solo-learn's own
-# `train_nce_loss`-style metrics are there as ever; LoGo's terms are the four `train_*` below, and the monitor's values
-# begin with `logo/`.
+# Without W&B, Lightning writes for TensorBoard, or CSV files where that is not installed. solo-learn's own metrics are
+# there as ever. LoGo's terms are four of the `train_*`; the monitor's values begin with `logo/`. BYOL's loss is 2 - 2
+# cos in solo-learn, and `train_affinity` at 1.39, which is 2 ln 2, is guessing.
 
 # %%
 logs = EventAccumulator(str(folder / "lightning_logs/version_0"))
@@ -110,6 +114,8 @@ for axis, (title, group) in zip(axes, groups.items(), strict=True):
         axis.plot([e.step for e in events], [e.value for e in events], label=name.split("/")[-1])
     axis.set(title=title, xlabel="step")
     axis.legend(fontsize=7)
+for axis in axes[1:]:
+    axis.set_ylim(0, 1)
 
 # %% [markdown]
 # ## Linear probe
@@ -128,8 +134,5 @@ _ = run(
 # %%
 logs = EventAccumulator(str(folder / "lightning_logs/version_1"))
 logs.Reload()
-values = {name: logs.Scalars(name)[-1].value for name in logs.Tags()["scalars"] if name.startswith("val")}
-print(
-    ", ".join(f"{name} {value:.1f}" for name, value in values.items()),
-    f"(chance of acc1: {100 / len(PHOTOGRAPHS):.0f})",
-)
+for name, chance in (("val_acc1", 1), ("val_acc5", 5)):
+    print(f"{name} {logs.Scalars(name)[-1].value:.1f} %, chance {100 * chance / len(PHOTOGRAPHS):.0f} %")
