@@ -217,7 +217,12 @@ axes[0].legend(fontsize=8)
 print({name: round(value, 2) for name, value in diagnose(z[2:], learner.criterion.affinity).items()})
 
 # %% [markdown]
-# TEXT-AFFINITY
+# Pair by pair the affinity is at chance. It does well only where the same-image pairs are a batch of their own, as in
+# training: the statistics of the batch then give away which kind it is, and the loss can fall without a single pair
+# being judged. Mixed into one batch, nearly all of it is gone. So a falling affinity loss is no proof that the
+# affinity has learned which crops belong together; `affinity_accuracy` of `diagnose` and of
+# [LoGoMonitor](../../docs/monitor.md) asks pair by pair, for this reason. This was a hundred steps of a tiny network;
+# whether longer runs get further is not shown here.
 #
 # Pair by pair, three tiles of each photograph: row and column are the first and second local crop of a tile.
 
@@ -233,10 +238,15 @@ figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
 for axis, (title, table) in zip(axes, (("cosine", cosines), ("affinity's logit", logits)), strict=True):
     figure.colorbar(axis.imshow(table, cmap="viridis"), ax=axis, shrink=0.8)
     axis.set(title=title, xticks=[], yticks=range(1, n, 3), xlabel="second local crop of the same tiles")
-    axis.set_yticklabels([name[:12] for name in PHOTOGRAPHS], fontsize=8)
+    axis.set_yticklabels([name[:10] for name in PHOTOGRAPHS], fontsize=8)
     for border in range(3, n, 3):
         axis.axhline(border - 0.5, color="white", linewidth=0.5)
         axis.axvline(border - 0.5, color="white", linewidth=0.5)
 
 # %% [markdown]
-# TEXT-MATRIX
+# The features, on the left, have blocks: tiles of one photograph are often alike, and some photographs look like
+# others. If the affinity judged pairs, its diagonal would stand out. Instead there are columns and rows: the logit
+# depends on each crop by itself more than on the two together.
+#
+# Next: [one line in lightly](02_lightly.ipynb), [solo-learn](03_solo_learn.ipynb), [timm backbones](04_timm.ipynb),
+# [what to watch](05_diagnosing.ipynb).
