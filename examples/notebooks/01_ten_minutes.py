@@ -248,5 +248,5 @@ for axis, (title, table) in zip(axes, (("cosine", cosines), ("affinity's logit",
 # others. If the affinity judged pairs, its diagonal would stand out. Instead there are columns and rows: the logit
 # depends on each crop by itself more than on the two together.
 #
-# Next: [one line in lightly](02_lightly.ipynb), [solo-learn](03_solo_learn.ipynb), [timm backbones](04_timm.ipynb),
-# [what to watch](05_diagnosing.ipynb).
+# Next: `02_lightly` adds LoGo to a script in one line, `03_solo_learn` to a command, `04_timm` is about backbones, and
+# `05_diagnosing` about what to watch.

@@ -130,7 +130,7 @@ Image.open(folder / "after/lightning_logs/version_0/logo_crops/epoch_0000.png").
 
 # %% [markdown]
 # `affinity_accuracy` goes up and down around 0.5, which is chance, while the affinity's loss above falls. That is no
-# mistake of the monitor: [the first notebook](01_ten_minutes.ipynb) takes the affinity apart.
+# mistake of the monitor: the first notebook, `01_ten_minutes`, takes the affinity apart.
 #
 # ## The backbone is yours
 #
