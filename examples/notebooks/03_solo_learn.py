@@ -121,7 +121,7 @@ for axis in axes[1:]:
 # ## Linear probe
 #
 # solo-learn's `main_linear.py`, on the checkpoint as it is. A run of seconds on a few small tiles: what counts here is
-# that it runs, not the figure.
+# that it runs, not the figure, which changes from run to run.
 
 # %%
 _ = run(
