@@ -1,4 +1,4 @@
-# `make demo`, `make test` and `make docs` do all their set-up; everything lives in .venv.
+# `make demo`, `make test`, `make docs` and `make notebooks` do all their set-up; everything lives in .venv.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ comma := ,
 # With a clone of solo-learn its tests run too, and need what it needs: make test SOLO_LEARN_ROOT=...
 EXTRAS := test$(if $(SOLO_LEARN_ROOT),$(comma)solo)
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs notebooks clean
 
 demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -20,6 +20,10 @@ lint: $(VENV)/.installed-test
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx -W --keep-going -n -q docs build/docs $(ARGS)
+
+# Executes the notebooks and writes them beside their sources; 03 with SOLO_LEARN_ROOT=... only.
+notebooks: $(VENV)/.installed-notebooks$(if $(SOLO_LEARN_ROOT),$(comma)solo)
+	$(BIN)/python examples/build_notebooks.py $(ARGS)
 
 $(VENV)/.installed-%: setup.cfg pyproject.toml src/logo_plugin/__init__.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -20,9 +20,8 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from lightly.utils.benchmarking import knn_predict
-from PIL import Image
+from photographs import TILE, photograph_tiles
 from pytorch_lightning.callbacks import Callback, OnExceptionCheckpoint, Timer, TQDMProgressBar
-from skimage import data
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -32,29 +31,9 @@ from logo_plugin import LoGoTerms, MultiCropCollate, wrap
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "immunohistochemistry", "hubble_deep_field")
-GLOBAL, LOCAL, TILE = 64, 32, 96
+GLOBAL, LOCAL = 64, 32
 ARMS = ("2 crops", "multi-crop 2 + 2", "LoGo 2 + 2")
 COLOURS = ("#7f7f7f", "#1f77b4", "#d62728")
-
-
-def photograph_tiles(per_photograph):
-    """(train, held-out) lists of (PIL tile, class), from disjoint parts of each photograph."""
-    train, held_out = [], []
-    for label, name in enumerate(PHOTOGRAPHS):
-        photograph = Image.fromarray(getattr(data, name)())
-        photograph.thumbnail((720, 720))
-        width, height = photograph.size
-        border = round(0.65 * width)
-        for samples, left, right, count in (
-            (train, 0, border, per_photograph),
-            (held_out, border, width, per_photograph // 3),
-        ):
-            corners = [(x, y) for y in range(0, height - TILE + 1, 12) for x in range(left, right - TILE + 1, 12)]
-            for i in torch.linspace(0, len(corners) - 1, min(count, len(corners))).long().tolist():
-                x, y = corners[i]
-                samples.append((photograph.crop((x, y, x + TILE, y + TILE)), label))
-    return train, held_out
 
 
 def folder_images(folder):
