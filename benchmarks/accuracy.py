@@ -44,8 +44,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import CIFAR10
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import demo
 import lightly_models
+import photographs
 
 from logo_plugin import Affinity, MultiCropCollate, wrap
 
@@ -240,7 +240,7 @@ def other_sets():
     labels, even = torch.from_numpy(digits.target).long(), torch.arange(len(images)) % 2 == 0
     sets = {"digits": ((images[even], labels[even]), (images[~even], labels[~even]))}
     tiles = []
-    for part in demo.photograph_tiles(150):
+    for part in photographs.photograph_tiles(150):
         pixels = np.stack([image.convert("RGB").resize((32, 32)) for image, _ in part])
         tiles.append((torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor([label for _, label in part])))
     return sets | {"photo tiles": tuple(tiles)}
