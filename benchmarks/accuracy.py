@@ -294,7 +294,7 @@ def train_run(method, arm, seed, options, train, test, others):
         epochs = round(epochs * COMPUTE[method])
     name = f"{method}-{arm}-{options.epochs}-s{seed}".replace(" ", "_").replace(",", "")
     path, folder = options.output / f"{name}.json", options.output / name
-    if path.exists():
+    if path.exists() or (method, arm, seed) in options.known:
         return
     torch.manual_seed(seed)
     data = DataLoader(
@@ -347,7 +347,7 @@ def train_run(method, arm, seed, options, train, test, others):
     print(f"{name}: k-NN {record['final']['knn']:.2f}, linear {record['final']['linear']:.2f}", flush=True)
 
 
-SELECTION = ("methods", "arms", "seeds", "data", "output", "every", "workers")
+SELECTION = ("methods", "arms", "seeds", "data", "output", "every", "workers", "known")
 
 
 def run(options):
@@ -378,7 +378,10 @@ def main():
     parser.add_argument("--every", type=int, default=4, help="epochs between k-NN measurements")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("accuracy_runs"))
+    parser.add_argument("--known", type=Path, help="JSON file of accuracy_report.py, whose runs are not repeated")
     options = parser.parse_args()
+    known = json.loads(options.known.read_text()) if options.known else []
+    options.known = {(record["method"], record["arm"], record["seed"]) for record in known}
     options.cuda = torch.cuda.is_available()
     if not options.cuda:
         torch.set_num_threads(1)

@@ -3,8 +3,9 @@
     python benchmarks/accuracy_report.py accuracy_runs --json benchmarks/results/accuracy_small.json
     python benchmarks/accuracy_report.py benchmarks/results/accuracy_small.json --figures docs
 
-Takes a folder of runs, or the one JSON file made of it. Values are means over seeds; the plus-minus is the half width
-of the 95 % confidence interval (Student's t), from 3 seeds on. Differences are paired by seed.
+Takes folders of runs and JSON files made of them, all of one setting; a later one replaces equal runs. Values are means
+over seeds; the plus-minus is the half width of the 95 % confidence interval (Student's t), from 3 seeds on. Differences
+are paired by seed.
 """
 
 import argparse
@@ -28,14 +29,14 @@ DIGITS = {"s per step": 3, "local_local_similarity": 2, "other_image_similarity"
 MECHANISM = ("local_local_similarity", "other_image_similarity", "affinity_accuracy", "effective_rank")
 
 
-def read(path):
+def read(paths):
     """{(method, arm): {seed: record}}"""
-    files = sorted(path.glob("*.json")) if path.is_dir() else []
-    records = [json.loads(file.read_text()) for file in files] or json.loads(path.read_text())
     runs = defaultdict(dict)
-    for record in records:
-        runs[record["method"], record["arm"]][record["seed"]] = record
-    return records, dict(runs)
+    for path in paths:
+        parts = [f"[{file.read_text()}]" for file in sorted(path.glob("*.json"))] or [path.read_text()]
+        for record in (record for part in parts for record in json.loads(part)):
+            runs[record["method"], record["arm"]][record["seed"]] = record
+    return dict(runs)
 
 
 def interval(values):
@@ -123,11 +124,12 @@ def draw_factors(runs, method, base, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, help="a folder of accuracy.py, or the JSON file made of one")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of accuracy.py, or JSON files made of them")
     parser.add_argument("--json", type=Path, help="write all runs into one file")
     parser.add_argument("--figures", type=Path, help="folder for accuracy_curves.png and accuracy_factors.png")
     options = parser.parse_args()
-    records, runs = read(options.runs)
+    runs = read(options.runs)
+    records = [record for of_seeds in runs.values() for record in of_seeds.values()]
     if options.json:
         options.json.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
     methods = list(dict.fromkeys(record["method"] for record in records))
