@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from logo_plugin.affinity import Affinity, full_precision
 from logo_plugin.losses import LoGoLoss, LoGoTerms, _choice, info_nce
+from logo_plugin.modes import eval_mode
 from logo_plugin.wrapping import unknown_option
 
 # The papers': BYOL arXiv 2006.07733, SimSiam 2011.10566, MoCo v2 2003.04297.
@@ -106,7 +107,7 @@ class LoGoLearner(nn.Module):
             keys = _of_all_ranks(F.normalize(full_precision(torch.cat(target)), dim=1)).T
             # Not in place: backward needs the old queue.
             self.queue = torch.cat([keys.to(self.queue), self.queue], dim=1)[:, : self.queue.shape[1]].clone()
-        self.terms = LoGoTerms(*(term.detach() for term in terms))
+        self.terms = terms.detach()
         return terms.total
 
     def _contrast(self, pred: Tensor, target: Tensor) -> Tensor:
@@ -124,18 +125,15 @@ def _mlp(dims: Sequence[int], *, norm: bool = True, norm_last: bool = False) -> 
 
 
 def _features(backbone: nn.Module, sizes: Sequence[int]) -> int:
-    modes, like = {module: module.training for module in backbone.modules()}, next(backbone.parameters())
+    like = next(backbone.parameters())
     shapes: dict[int, tuple[int, ...]] = {}
     try:
-        for size in sizes:
-            with torch.no_grad():
-                shape = shapes[size] = tuple(backbone.eval()(torch.zeros(1, 3, size, size).to(like)).shape)
+        with eval_mode(backbone), torch.no_grad():  # BatchNorm's statistics stay
+            for size in sizes:
+                shape = shapes[size] = tuple(backbone(torch.zeros(1, 3, size, size).to(like)).shape)
     except (AssertionError, RuntimeError, ValueError) as error:
         hint = "in timm a ViT wants dynamic_img_size=True, a Swin strict_img_size=False; others want crops of one size"
         raise ValueError(f"the backbone can't take images of {size} x {size} pixels ({error}): {hint}.") from error
-    finally:  # eval mode kept BatchNorm's statistics
-        for module, mode in modes.items():
-            module.training = mode
     if len(set(shapes.values())) > 1 or shape[1:2] != (math.prod(shape[1:]),):
         raise ValueError(f"the backbone must give (1, F) for every size, got {shapes}; timm: num_classes=0 pools.")
     return shape[1]

@@ -272,7 +272,7 @@ def _logo_step(
         similarity=observed.similarity,
         local_overlap=overlap,
     )
-    model.logo_terms = LoGoTerms(*(term.detach() for term in terms))
+    model.logo_terms = terms.detach()
     model.logo_local_proj = [z.detach() for z in local_proj]
     return ({**out, "loss": terms.total} if isinstance(out, dict) else terms.total), model.logo_terms
 

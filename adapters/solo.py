@@ -28,6 +28,7 @@ from logo_plugin.crops import MultiCropTransform, crop_overlap
 from logo_plugin.decoding import decode
 from logo_plugin.local_predictor import join_groups, stand_in
 from logo_plugin.losses import PRESETS, LoGoLoss, LoGoTerms, Similarity, with_preset
+from logo_plugin.modes import eval_mode
 from logo_plugin.wrapping import unknown_option
 
 # method_kwargs.logo.*: the adapter's own keys, and every keyword of LoGoLoss that a config can hold.
@@ -111,12 +112,10 @@ class _LoGo(BaseMethod):
 
     def _dry_run(self, cfg: DictConfig) -> int:
         """Forwards one image of each size; returns the width of the projection."""
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
         for size in [crop.crop_size for crop in cfg.get("augmentations") or []] or [224]:
             height, width = size if isinstance(size, (list, tuple, ListConfig)) else (size, size)
             try:
-                with torch.no_grad():
+                with eval_mode(self), torch.no_grad():
                     found = self(torch.zeros(1, 3, height, width))
             except (AssertionError, RuntimeError, ValueError) as error:
                 reason = str(error).rstrip(".")
@@ -125,8 +124,6 @@ class _LoGo(BaseMethod):
                     f"backbone {cfg.backbone.name} can't take crops of {height} x {width} pixels: {reason}. "
                     f"Try {hint}, or a backbone that takes any size, such as resnet18."
                 ) from error
-        for module, mode in modes.items():
-            module.training = mode
         return int(_output(found, self.outputs.proj, "proj").shape[-1])
 
     @property
@@ -198,7 +195,7 @@ class _LoGo(BaseMethod):
             similarity=similarity,
             local_overlap=overlap,
         )
-        self.logo_terms = LoGoTerms(*(term.detach() for term in terms))
+        self.logo_terms = terms.detach()
         self.logo_local_proj = [z.detach() for z in local_proj]
         metrics = {f"train_{name}": value for name, value in self.logo_terms._asdict().items() if name != "total"}
         self.log_dict(metrics, on_epoch=True, sync_dist=True)

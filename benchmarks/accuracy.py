@@ -46,12 +46,11 @@ from torchvision.datasets import CIFAR10
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import lightly_models
 import photographs
+from accuracy_report import PASSES
 
 from logo_plugin import Affinity, MultiCropCollate, wrap
 
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-# Forward and backward of an online view costs 3, forward of a target view 1: 2 + 2 crops against 2.
-COMPUTE = {"simsiam": 12 / 6, "byol": 14 / 8, "moco": 10 / 4}
+CROPS = MultiCropCollate.cifar10()
 
 
 class CosineAffinity(nn.Module):
@@ -165,7 +164,7 @@ class Curve(Callback):
 
     def __init__(self, seed, every, epochs, train, test):
         self.seed, self.every, self.epochs, self.train, self.test = seed, every, epochs, train, test
-        self.state = {"knn": [], "seconds": [], "steps": 0}
+        self.state, self.seconds = {"knn": [], "seconds": [], "steps": 0}, []
 
     def on_train_epoch_start(self, trainer, pl_module):
         torch.manual_seed(1000 * self.seed + trainer.current_epoch)
@@ -174,7 +173,7 @@ class Curve(Callback):
         self.start = clock(pl_module)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.seconds = [*getattr(self, "seconds", []), clock(pl_module) - self.start]
+        self.seconds.append(clock(pl_module) - self.start)
 
     def on_train_epoch_end(self, trainer, pl_module):
         self.state["seconds"].append(float(np.median(self.seconds)))
@@ -199,15 +198,14 @@ def clock(model):
 
 
 @torch.no_grad()
-def features(model, images, labels, head=False):
-    """Backbone features (or projections) (N, D), float32, and labels, of whole images."""
+def features(model, images, labels):
+    """Backbone features (N, D), float32, and labels, of whole images."""
     mode = model.training
     model.eval()
     found = []
-    mean, std = (torch.tensor(values, device=model.device).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = (torch.tensor(values, device=model.device).view(3, 1, 1) for values in (CROPS.mean, CROPS.std))
     for part in images.split(500):
-        x = model.backbone((part.to(model.device).float() / 255 - mean) / std).flatten(1)
-        found.append(model.projection_head(x) if head else x)
+        found.append(model.backbone((part.to(model.device).float() / 255 - mean) / std).flatten(1))
     model.train(mode)
     return torch.cat(found).float(), labels.to(model.device)
 
@@ -258,8 +256,7 @@ def mechanism(model, images):
     """How alike two local crops are, whether an affinity tells images apart, and the rank of the features."""
     model.eval()
     torch.manual_seed(0)
-    collate = MultiCropCollate.cifar10()
-    views = collate(list(images[:1000]))[0][2:]
+    views = CROPS(list(images[:1000]))[0][2:]
     z = [model.projection_head(model.backbone(view.to(model.device)).flatten(1)).float() for view in views]
     unit = [F.normalize(part, dim=1) for part in z]
     same = (unit[0] * unit[1]).sum(1)
@@ -291,7 +288,8 @@ def train_run(method, arm, seed, options, train, test, others):
     crops = MultiCropCollate.cifar10(**ARMS[arm][1].get("crops", {}), defer="augment")
     epochs = options.epochs
     if ARMS[arm][1].get("compute"):
-        epochs = round(epochs * COMPUTE[method])
+        two_crops, multi_crop = PASSES[method]
+        epochs = round(epochs * multi_crop / two_crops)
     name = f"{method}-{arm}-{options.epochs}-s{seed}".replace(" ", "_").replace(",", "")
     path, folder = options.output / f"{name}.json", options.output / name
     if path.exists() or (method, arm, seed) in options.known:

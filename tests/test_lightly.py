@@ -361,7 +361,10 @@ class TestLocalPredictor:
 
     def test_online_that_skips_the_predictor(self):
         model = hosts.BYOL()
-        skips = lambda x: model.projection_head(model.backbone(x).flatten(1))  # noqa: E731
+
+        def skips(x):
+            return model.projection_head(model.backbone(x).flatten(1))
+
         with pytest.raises(RuntimeError, match="runs the projector and predictor"):
             wrap(model, online=skips, local_predictor=True).training_step(batch(), 0)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from logo_plugin.affinity import full_precision
 from logo_plugin.losses import Views, _views
+from logo_plugin.modes import eval_mode
 
 
 @torch.no_grad()
@@ -77,12 +78,7 @@ def _effective_rank(rows: Tensor) -> float:
 
 
 def _accuracy(affinity: nn.Module, z: Tensor) -> float:
-    modes = {module: module.training for module in affinity.modules()}
-    affinity.eval()
-    try:
+    with eval_mode(affinity):
         # Each crop with the next one of its image, then with that of another image.
         same, other = affinity(z, z.roll(1, 0)), affinity(z, z.roll((1, 1), (0, 1)))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return float((same > 0).double().mean() + (other < 0).double().mean()) / 2

@@ -49,6 +49,10 @@ class LoGoTerms(NamedTuple):
     local_local: Tensor
     affinity: Tensor
 
+    def detach(self) -> "LoGoTerms":
+        """The same terms without their graphs, to keep or to log."""
+        return LoGoTerms(*(term.detach() for term in self))
+
 
 class LoGoLoss(nn.Module):
     """Pulls global to global and local to global crops, pushes local crops apart.
