@@ -21,6 +21,7 @@ import platform
 import sys
 import time
 import warnings
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -60,7 +61,15 @@ class CosineAffinity(nn.Module):
         return F.cosine_similarity(first, second, dim=-1)
 
 
-# arm: (options of wrap or None for two crops, options of the run: crops, epochs as a multiple, affinity's lr).
+class UnitAffinity(Affinity):
+    """On projections of unit length, as in the official release: their length is no way out of the repulsion."""
+
+    def forward(self, first, second):
+        return super().forward(F.normalize(first, dim=-1), F.normalize(second, dim=-1))
+
+
+# arm: (options of wrap or None for two crops, options of the run: crops, equal compute, factors of the lr).
+# An affinity is given as what makes it, so that the run's seed initialises it.
 ARMS = {
     "2 crops": (None, {"crops": {"local_crops": 0, "global_scale": (0.2, 1.0)}}),
     "2 crops, equal compute": (None, {"crops": {"local_crops": 0, "global_scale": (0.2, 1.0)}, "compute": True}),
@@ -76,10 +85,12 @@ for ratio in (0.005, 0.015, 0.05, 0.3):
 STRONG = {"gradient_ratio": 0.1}
 ARMS |= {
     "difference": ({**STRONG, "affinity_loss": "difference"}, {}),
-    "layer norm": ({**STRONG, "affinity": Affinity(128, norm="layer")}, {}),
-    "layer norm, ratio 0.3": ({"gradient_ratio": 0.3, "affinity": Affinity(128, norm="layer")}, {}),
+    "layer norm": ({**STRONG, "affinity": partial(Affinity, 128, norm="layer")}, {}),
+    "layer norm, ratio 0.3": ({"gradient_ratio": 0.3, "affinity": partial(Affinity, 128, norm="layer")}, {}),
+    "unit z": ({**STRONG, "affinity": partial(UnitAffinity, 128)}, {}),
+    "layer norm, unit z": ({**STRONG, "affinity": partial(UnitAffinity, 128, norm="layer")}, {}),
     "logit": ({**STRONG, "repulsion": "logit"}, {}),
-    "cosine": ({**STRONG, "affinity": CosineAffinity(), "repulsion": "logit"}, {}),
+    "cosine": ({**STRONG, "affinity": CosineAffinity, "repulsion": "logit"}, {}),
     "no noise": ({**STRONG, "positive_noise": 0.0}, {}),
     "noise 1": ({**STRONG, "positive_noise": 1.0}, {}),
     "affinity lr x 0.1": (STRONG, {"affinity_lr": 0.1}),
@@ -88,6 +99,7 @@ ARMS |= {
     "paper": ({"preset": "paper"}, {}),
     "release": ({"preset": "release"}, {}),
     "sum": ({"affinity": None, "reduction": "sum"}, {}),
+    "lr x 5": ({"affinity": None}, {"lr": 5.0}),  # what "sum" does to the size of the loss
     "local scale 0.15-0.4": ({"affinity": None}, {"crops": {"local_scale": (0.15, 0.4)}}),
     "global scale 0.2-1": ({"affinity": None}, {"crops": {"global_scale": (0.2, 1.0)}}),
     "local predictor": ({"affinity": None, "local_predictor": True}, {}),
@@ -135,13 +147,14 @@ def backbone(name):
 def build(method, arm, options, batches, epochs):
     """lightly's class on the backbone, wrapped by one line, with a cosine schedule."""
     wrapping, run = ARMS[arm]
+    lr = options.lr * run.get("lr", 1.0)
 
     class Scheduled(lightly_models.METHODS[method]):
         def configure_optimizers(self):
             affinity = [p for name, p in self.named_parameters() if name.startswith("logo.affinity")]
             others = [p for name, p in self.named_parameters() if not name.startswith("logo.affinity")]
-            groups = [{"params": others}, {"params": affinity, "lr": options.lr * run.get("affinity_lr", 1.0)}]
-            optimizer = torch.optim.SGD(groups[: 1 + bool(affinity)], options.lr, momentum=0.9, weight_decay=5e-4)
+            groups = [{"params": others}, {"params": affinity, "lr": lr * run.get("affinity_lr", 1.0)}]
+            optimizer = torch.optim.SGD(groups[: 1 + bool(affinity)], lr, momentum=0.9, weight_decay=5e-4)
             schedule = torch.optim.lr_scheduler.OneCycleLR(
                 optimizer,
                 max_lr=[group["lr"] for group in optimizer.param_groups],
@@ -156,7 +169,10 @@ def build(method, arm, options, batches, epochs):
     model = Scheduled(net, net.num_features)
     if method == "moco":
         model.criterion = NTXentLoss(temperature=0.2, memory_bank_size=(options.queue, 128))
-    return model if wrapping is None else wrap(model, **wrapping)
+    if wrapping is None:
+        return model
+    made = {"affinity": wrapping["affinity"]()} if wrapping.get("affinity") else {}
+    return wrap(model, **wrapping | made)
 
 
 class Curve(Callback):

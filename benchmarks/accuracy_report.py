@@ -5,7 +5,7 @@
 
 Takes folders of runs and JSON files made of them, all of one setting; a later one replaces equal runs. Values are means
 over seeds; the plus-minus is the half width of the 95 % confidence interval (Student's t), from 3 seeds on. Differences
-are paired by seed.
+are paired by seed. Seconds per step are the fastest seed's: the others shared their machine with something.
 """
 
 import argparse
@@ -25,7 +25,7 @@ COLOURS = dict(zip(MAIN, ("#7f7f7f", "#000000", "#1f77b4", "#d62728"), strict=Tr
 # Passes of the network for an image: forward and backward of an online view costs 3, forward of a target view 1.
 PASSES = {"simsiam": (6, 12), "byol": (8, 14), "moco": (4, 10)}
 QUALITY = ("knn", "linear", "linear_10_percent", "digits_knn", "digits_linear", "photo tiles_knn", "photo tiles_linear")
-DIGITS = {"s per step": 3, "local_local_similarity": 2, "other_image_similarity": 2}
+DIGITS = {"local_local_similarity": 2, "other_image_similarity": 2}
 MECHANISM = ("local_local_similarity", "other_image_similarity", "affinity_accuracy", "effective_rank")
 
 
@@ -62,8 +62,10 @@ def table(runs, methods, arms, columns):
         for arm in arms:
             of_seeds = runs.get((method, arm))
             if of_seeds:
-                finals = [record["final"] | {"s per step": record["seconds_per_step"]} for record in of_seeds.values()]
+                finals = [record["final"] for record in of_seeds.values()]
                 cells = [cell([f[c] for f in finals if c in f], DIGITS.get(c, 1)) for c in columns]
+                if "s per step" in columns:
+                    cells[columns.index("s per step")] = f"{min(r['seconds_per_step'] for r in of_seeds.values()):.3f}"
                 print(f"| {method} | {arm} | {len(of_seeds)} | " + " | ".join(cells) + " |")
     print()
 
@@ -101,22 +103,29 @@ def draw_curves(runs, methods, path):
 
 
 def draw_factors(runs, method, base, path):
-    rows = differences(runs, method, base)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.9 + 0.3 * len(rows)), layout="constrained")
-    for y, (_, pairs) in enumerate(rows):
-        mean, half = interval(pairs)
-        axes[0].plot(pairs, [y] * len(pairs), ".", color="#bbbbbb")
-        axes[0].errorbar(mean, y, xerr=half, fmt="o", color="#1f77b4", capsize=3)  # no bar below 3 seeds
+    """Of each arm: k-NN against the base's, and what the representation looks like."""
+    rows = sorted([*differences(runs, method, base), (base, [])], key=lambda row: sum(row[1]) / max(1, len(row[1])))
+    panels = (("affinity_accuracy", "affinity accuracy, %"), ("effective_rank", "effective rank of the features"))
+    figure, axes = plt.subplots(1, 4, figsize=(14, 1 + 0.24 * len(rows)), layout="constrained", sharey=True)
+    for y, (arm, pairs) in enumerate(rows):
+        colour = COLOURS.get(arm, "#2ca02c")
+        finals = [record["final"] for record in runs[method, arm].values()]
+        if pairs:
+            mean, half = interval(pairs)
+            axes[0].plot(pairs, [y] * len(pairs), ".", color="#bbbbbb")
+            axes[0].errorbar(mean, y, xerr=half, fmt="o", color=colour, capsize=3)  # no bar below 3 seeds
+        for name, fill in (("local_local_similarity", colour), ("other_image_similarity", "white")):
+            axes[1].plot(interval([f[name] for f in finals])[0], y, "o", color=colour, markerfacecolor=fill)
+        for axis, (name, _) in zip(axes[2:], panels, strict=True):
+            values = [f[name] for f in finals if name in f]
+            axis.plot(values, [y] * len(values), "o", color=colour, alpha=0.6)
     axes[0].axvline(0, color="black", linewidth=0.8)
-    axes[0].set_yticks(range(len(rows)), [f"{arm} ({len(pairs)})" for arm, pairs in rows])
-    axes[0].set(title=f"{method}: k-NN minus plain multi-crop's (seeds)", xlabel="percentage points")
-    for (of, arm), of_seeds in runs.items():
-        if of == method:
-            finals = [record["final"] for record in of_seeds.values()]
-            x, y = (interval([f[name] for f in finals])[0] for name in ("local_local_similarity", "knn"))
-            axes[1].plot(x, y, "o", color=COLOURS.get(arm, "#2ca02c"))
-            axes[1].annotate(arm, (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points")
-    axes[1].set(title="what repulsion does", xlabel="cosine of two local crops of one image", ylabel="k-NN accuracy, %")
+    axes[2].axvline(50, color="black", linewidth=0.8)
+    axes[0].set_yticks(range(len(rows)), [f"{arm} ({len(runs[method, arm])})" for arm, _ in rows])
+    axes[0].set(title=f"{method}: k-NN minus {base}'s (seeds)", xlabel="percentage points")
+    axes[1].set(title="alike: local crops of one image", xlabel="cosine; hollow: of two images")
+    for axis, (_, title) in zip(axes[2:], panels, strict=True):
+        axis.set(title=title, xlabel="each seed")
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
