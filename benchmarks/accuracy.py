@@ -99,7 +99,11 @@ ARMS |= {
     "paper": ({"preset": "paper"}, {}),
     "release": ({"preset": "release"}, {}),
     "sum": ({"affinity": None, "reduction": "sum"}, {}),
-    "lr x 5": ({"affinity": None}, {"lr": 5.0}),  # what "sum" does to the size of the loss
+    "lr x 5": ({"affinity": None}, {"lr": 5.0}),  # "sum" makes the loss 5 times as large
+    "2 crops, equal compute, lr x 5": (
+        None,
+        {"crops": {"local_crops": 0, "global_scale": (0.2, 1.0)}, "compute": True, "lr": 5.0},
+    ),
     "local scale 0.15-0.4": ({"affinity": None}, {"crops": {"local_scale": (0.15, 0.4)}}),
     "global scale 0.2-1": ({"affinity": None}, {"crops": {"global_scale": (0.2, 1.0)}}),
     "local predictor": ({"affinity": None, "local_predictor": True}, {}),
@@ -372,7 +376,7 @@ def run(options):
         train = train[0][chosen], train[1][chosen]
     others = other_sets()
     for seed in options.seeds:
-        for arm in options.arms:
+        for arm in ARMS if "all" in options.arms else options.arms:
             for method in options.methods:
                 train_run(method, arm, seed, options, train, test, others)
 
@@ -381,7 +385,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", choices=lightly_models.METHODS, default=["simsiam", "byol", "moco"])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS)[:5], metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=[*ARMS, "all"],
+        default=list(ARMS)[:4],
+        metavar="ARM",
+        help=f"all, or some of: {', '.join(ARMS)} (default: the first four)",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--subset", type=int, help="this many training images, balanced (default: all)")

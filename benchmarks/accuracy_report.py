@@ -26,6 +26,15 @@ COLOURS = dict(zip(MAIN, ("#7f7f7f", "#000000", "#1f77b4", "#d62728"), strict=Tr
 PASSES = {"simsiam": (6, 12), "byol": (8, 14), "moco": (4, 10)}
 QUALITY = ("knn", "linear", "linear_10_percent", "digits_knn", "digits_linear", "photo tiles_knn", "photo tiles_linear")
 DIGITS = {"local_local_similarity": 2, "other_image_similarity": 2}
+HEADINGS = {
+    "knn": "k-NN",
+    "linear_10_percent": "linear, 10 % of labels",
+    "digits_knn": "digits k-NN",
+    "photo tiles_knn": "photo tiles k-NN",
+    "local_local_similarity": "local crops alike",
+    "other_image_similarity": "of two images",
+    "affinity_accuracy": "affinity accuracy, %",
+}
 MECHANISM = ("local_local_similarity", "other_image_similarity", "affinity_accuracy", "effective_rank")
 
 
@@ -55,9 +64,13 @@ def cell(values, digits=1):
     return f"{mean:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
+def print_header(*columns):
+    names = (HEADINGS.get(column, column.replace("_", " ")) for column in columns)
+    print("| " + " | ".join(names) + " |\n|" + "---|" * len(columns))
+
+
 def table(runs, methods, arms, columns):
-    print("| method | arm | seeds | " + " | ".join(column.replace("_", " ") for column in columns) + " |")
-    print("|" + "---|" * (len(columns) + 3))
+    print_header("method", "arm", "seeds", *columns)
     for method in methods:
         for arm in arms:
             of_seeds = runs.get((method, arm))
@@ -71,15 +84,27 @@ def table(runs, methods, arms, columns):
 
 
 def differences(runs, method, base, what="knn"):
-    """[(arm, paired differences to the base)], of arms that share a seed with it."""
-    found = []
+    """{arm: paired differences to the base}, of arms that share a seed with it, the lowest mean first."""
+    found = {}
     reference = runs.get((method, base), {})
     for (of, arm), of_seeds in runs.items():
         shared = of_seeds.keys() & reference.keys()
         if of == method and arm != base and shared:
-            pairs = [of_seeds[s]["final"][what] - reference[s]["final"][what] for s in sorted(shared)]
-            found.append((arm, pairs))
-    return sorted(found, key=lambda item: interval(item[1])[0])
+            found[arm] = [of_seeds[s]["final"][what] - reference[s]["final"][what] for s in sorted(shared)]
+    return dict(sorted(found.items(), key=lambda item: interval(item[1])[0]))
+
+
+def factors(runs, method, base):
+    """Each arm's paired differences to the base, and what the representation looks like."""
+    print(f"{method}, minus {base}'s:\n")
+    print_header("arm", "seeds", *QUALITY[:3], *MECHANISM)
+    of = {what: differences(runs, method, base, what) for what in QUALITY[:3]}
+    for arm in reversed(of["knn"]):
+        finals = [record["final"] for record in runs[method, arm].values()]
+        cells = [cell(of[what][arm]) for what in QUALITY[:3]]
+        cells += [cell([f[c] for f in finals if c in f], DIGITS.get(c, 1)) for c in MECHANISM]
+        print(f"| {arm} | {len(of['knn'][arm])} | " + " | ".join(cells) + " |")
+    print()
 
 
 def draw_curves(runs, methods, path):
@@ -104,7 +129,9 @@ def draw_curves(runs, methods, path):
 
 def draw_factors(runs, method, base, path):
     """Of each arm: k-NN against the base's, and what the representation looks like."""
-    rows = sorted([*differences(runs, method, base), (base, [])], key=lambda row: sum(row[1]) / max(1, len(row[1])))
+    rows = sorted(
+        [*differences(runs, method, base).items(), (base, [])], key=lambda row: sum(row[1]) / max(1, len(row[1]))
+    )
     panels = (("affinity_accuracy", "affinity accuracy, %"), ("effective_rank", "effective rank of the features"))
     figure, axes = plt.subplots(1, 4, figsize=(14, 1 + 0.24 * len(rows)), layout="constrained", sharey=True)
     for y, (arm, pairs) in enumerate(rows):
@@ -142,13 +169,10 @@ def main():
     if options.json:
         options.json.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
     methods = list(dict.fromkeys(record["method"] for record in records))
-    arms = [*MAIN, *dict.fromkeys(arm for _, arm in runs if arm not in MAIN)]
-    table(runs, methods, arms, (*QUALITY, "s per step"))
-    table(runs, methods, arms, MECHANISM)
+    table(runs, methods, MAIN, (*QUALITY, "s per step"))
+    table(runs, methods, MAIN, MECHANISM)
     for method in methods:
-        print(f"k-NN minus multi-crop's, {method}:")
-        for arm, pairs in differences(runs, method, "multi-crop"):
-            print(f"  {arm}: {cell(pairs, 2)} ({len(pairs)} seeds)")
+        factors(runs, method, "multi-crop")
     if options.figures:
         draw_curves(runs, methods, options.figures / "accuracy_curves.png")
         most = max(methods, key=lambda method: sum(of == method for of, _ in runs))
