@@ -139,7 +139,11 @@ class LoGoLoss(nn.Module):
 
     @classmethod
     def paper(cls, **options: Any) -> "LoGoLoss":
-        """Eq. 3 to 9 of the paper with its lambda for SimSiam, except for the `options` given."""
+        """Eq. 3 to 9 of the paper with its lambda for SimSiam, except for the `options` given.
+
+        Eq. 6 has no lower bound: the affinity's logits can run away, and with a fixed lambda the repulsion with
+        them. `gradient_ratio` caps it.
+        """
         return cls(**with_preset("paper", options))
 
     @classmethod
