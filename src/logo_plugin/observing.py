@@ -167,9 +167,9 @@ def _read_call(call: Call, criterion: nn.Module, name: str, target_given: bool) 
             f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}" for value in tensors.values()
         )
         raise RuntimeError(
-            f"{name} was called with {shapes or 'no tensors'}, and LoGo extends losses of two views, a prediction (N, D) "
-            "and a target (N, D): masks, dense maps, prototypes and labels are beyond it. If the model has a loss of two "
-            "views beside this one, name it with criterion=."
+            f"{name} was called with {shapes or 'no tensors'}, and LoGo extends losses of two views, a prediction "
+            "(N, D) and a target (N, D): masks, dense maps, prototypes and labels are beyond it. If the model has a loss "
+            "of two views beside this one, name it with criterion=."
         )
     keys, carries = list(tensors), [value.requires_grad for value in tensors.values()]
     if not any(carries):
