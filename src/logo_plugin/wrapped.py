@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from logo_plugin.affinity import Affinity
+from logo_plugin.compiling import eager_frame, gradients_inside
 from logo_plugin.crops import CropBoxes, crop_overlap
 from logo_plugin.local_predictor import join_groups
 from logo_plugin.losses import LoGoLoss, LoGoTerms, with_preset
@@ -81,6 +82,8 @@ class LoGoModel(nn.Module):
     def attach_logo(self) -> None:
         """Builds what LoGo adds to the model; raises before anything is added."""
         name = type(self).__name__
+        if isinstance(self, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            raise ValueError(f"{name} runs all that it holds, LoGo's part too; put it into a module of your own.")
         if hasattr(self, "logo"):
             raise ValueError(f"{name} has an attribute 'logo' already, where the affinity goes; rename it.")
         settings, options = self._logo_config
@@ -212,6 +215,7 @@ def mixin_of(cls: type) -> type[LoGoModel]:
     return cls.__mro__[1]
 
 
+@eager_frame
 def logo_step(
     model: LoGoModel, step: Callable[[list[Tensor]], Any], views: Sequence[Tensor], boxes: CropBoxes | None = None
 ) -> tuple[Any, LoGoTerms | None]:
@@ -232,6 +236,14 @@ def logo_step(
         ValueError: If views or boxes are missing.
         RuntimeError: If the step is none that LoGo can extend; it says why, before any parameter has changed.
     """
+    with gradients_inside():
+        return _logo_step(model, step, views, boxes)
+
+
+@eager_frame
+def _logo_step(
+    model: LoGoModel, step: Callable[[list[Tensor]], Any], views: Sequence[Tensor], boxes: CropBoxes | None
+) -> tuple[Any, LoGoTerms | None]:
     settings, name = model.logo_settings, type(model).__name__
     count = settings.globals
     global_views, local_views = list(views[:count]), list(views[count:])
@@ -344,9 +356,9 @@ def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads) ->
         likely = len(set(sources)) == 1 or settings.target is not None
         if not likely or not is_symmetric(observed.similarity, *(pred.detach() for pred in observed.preds[:2])):
             raise RuntimeError(
-                f"{name} was called with two tensors that both carry gradient and that do not play the same part, so "
-                "LoGo cannot tell the prediction from the stop-gradient target. Detach the target before the criterion, or "
-                "name the method that computes targets with target=."
+                f"{name} was called with two tensors that both carry gradient and do not play the same part, so LoGo "
+                "cannot tell the prediction from the target. Detach the target before the criterion, or name the "
+                "method that computes targets with target=."
             )
     if settings.online is not None:
         return None
@@ -367,8 +379,8 @@ def _host_step(model: LoGoModel, step: Callable[[list[Tensor]], Any], views: lis
             raise
         raise RuntimeError(
             f"{type(model).__name__}'s own step failed on its {len(views)} global crops, which are all that LoGo gives "
-            f"it ({type(error).__name__}: {error}). If it needs other inputs (masks, lists of views, local crops of its "
-            "own), LoGo cannot extend it: use LoGoLoss directly. If it needs more global crops, give global_crops=."
+            f"it ({type(error).__name__}: {error}). If it needs other inputs (masks, lists of views, own local crops), "
+            "LoGo cannot extend it: use LoGoLoss directly. If it needs more global crops, give global_crops=."
         ) from error
 
 
