@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from logo_plugin.crops import CropBoxes
 from logo_plugin.online import Heads, Method, Names
-from logo_plugin.wrapped import LoGoModel, join_optimizer, log_terms, logo_step
+from logo_plugin.stepping import join_optimizer, log_terms, logo_step
+from logo_plugin.wrapped import LoGoModel
 
 NAMES = Names(
     projector=("projection_head", "projection_mlp", "projector"),
