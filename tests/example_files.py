@@ -8,10 +8,11 @@ optimizer is made. In a plain loop the lines from the batch to the loss give way
 
 import ast
 import io
+import logging
 import re
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import reduce
 from types import CodeType
@@ -83,16 +84,17 @@ def run_lightning(source: str, views: list[list[Tensor]], options: dict[str, Any
         def on_train_batch_end(self, trainer, module, outputs, *_):
             run.record_loss(outputs["loss"])
 
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        devices=1,
-        callbacks=[Recorder()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    with _quiet():
+        trainer = pl.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            devices=1,
+            callbacks=[Recorder()],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
     instead = {"trainer": trainer, "dataloader": _Batches(views)}
     with_logo = None if options is None else lambda: run.add_logo(options)
     _execute(run, ast.parse(source), instead, before="trainer", call=with_logo)
@@ -164,8 +166,7 @@ def _execute(
     run.names["__name__"] = "example"
     torch.manual_seed(0)
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with _quiet():
             for statement in tree.body:
                 assigned = _assigned(statement) if isinstance(statement, ast.Assign) else set()
                 if call and before in assigned:
@@ -198,6 +199,18 @@ def _shorten_loop(tree: ast.Module, all_in_step: bool) -> ast.stmt:
     step = ast.parse(f"def step(model, views):\n global {names}\n {batch} = (views, None)\n return loss").body[0]
     step.body[-1:-1] = head
     return step
+
+
+@contextmanager
+def _quiet():
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 def _code(statement: ast.stmt) -> CodeType:

@@ -5,7 +5,6 @@ LIGHTLY_ROOT=... python tests/methods_lightly.py [part of a path ...]
 
 import ast
 import functools
-import logging
 import os
 import re
 import sys
@@ -25,14 +24,13 @@ from logo_plugin import adapters
 ROOT = os.environ.get("LIGHTLY_ROOT")
 LIGHTNING, PLAIN = "pytorch_lightning", "pytorch"
 HOSTS = {LIGHTNING: "lightly, Lightning", PLAIN: "lightly, plain PyTorch"}
-NOTES = {
-    HOSTS[LIGHTNING]: "The files of lightly's `examples/pytorch_lightning`, with `model = wrap(model)`.",
-    HOSTS[
-        PLAIN
-    ]: "The files of lightly's `examples/pytorch`, with `model = wrap(model, criterion=criterion)` and, in the "
-    "loop, `loss = model(views)`. The value of `step=` is a function of model and global views that returns the loss: "
-    "[the lines of the file's own loop](lightly.md#plain-pytorch).",
+_NOTES = {
+    LIGHTNING: "The files of lightly's `examples/pytorch_lightning`, with `model = wrap(model)`.",
+    PLAIN: "The files of lightly's `examples/pytorch`, with `model = wrap(model, criterion=criterion)` and, in the "
+    "loop, `loss = model(views)`. `step=` is a function of model and global views that returns the loss: the lines of "
+    "the file's own loop that compute it.",
 }
+NOTES = {HOSTS[folder]: note for folder, note in _NOTES.items()}
 
 # What the documentation tells the user of these files to give. Others are tried without options, plain ones then with
 # step=: the next attempt is made when an error advises an option of it.
@@ -51,14 +49,21 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     f"{PLAIN}/directclr.py": [{}, {"projector": "8"}, {"projector": "8", "step": STEP}],
     f"{PLAIN}/ijepa.py": [{}, {"projector": "predictor"}, {"projector": "predictor", "step": STEP}],
 }
-NO_WAY = r"cannot extend|can extend|nothing to add"
+NO_WAY = r"cannot extend|nothing to add|beyond it|of your own"
 # Images and sides of global and local crops. A transformer takes one size, unless it is told.
 SMALL = (6, (32, 24))
 OF_TRANSFORMERS = {
     **dict.fromkeys(["aim", "dinov2", "ibot", "ijepa", "lejepa", "mae", "msn", "pmsn", "simmim"], (2, (224, 96))),
     **dict.fromkeys(["capi", "pixio"], (2, (256, 96))),
 }
-SPELLING = {"SwaV": "SwAV", "SMoGModel": "SMoG", "DetConS": "DetCon", "IJEPA": "I-JEPA", "IBOT": "iBOT"}
+SPELLING = {
+    "BarlowTwins": "Barlow Twins",
+    "SwaV": "SwAV",
+    "SMoGModel": "SMoG",
+    "DetConS": "DetCon",
+    "IJEPA": "I-JEPA",
+    "IBOT": "iBOT",
+}
 OTHERWISE_NAMED = {"directclr.py": "DirectCLR", "swav_queue.py": "SwAV with a queue"}
 
 
@@ -208,7 +213,6 @@ def method_name(source: str, file: str) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     for name in files():
         if not sys.argv[1:] or any(part in name for part in sys.argv[1:]):
             began = time.process_time()

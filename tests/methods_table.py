@@ -1,0 +1,85 @@
+"""The page of methods, written from real runs of those hosts that are here; the others keep the tables they have.
+
+python tests/methods_table.py --write docs/methods.md
+"""
+
+import argparse
+import importlib
+import importlib.util
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
+COMMAND = "python tests/methods_table.py --write docs/methods.md"
+# Each module has rows() -> [(host, method, verdict, reason)], and may have NOTES: a line of text for a host.
+SOURCES = {
+    "methods_lightly": lambda: "LIGHTLY_ROOT" in os.environ,
+    "methods_solo": lambda: "SOLO_LEARN_ROOT" in os.environ,
+    "methods_stable": lambda: importlib.util.find_spec("stable_pretraining") is not None,
+}
+INTRODUCTION = f"""\
+# Methods
+
+LoGo extends methods that compare two views of an image through one loss. Each method below was run from its framework's
+own code, with LoGo and without:
+
+- **works**: with `affinity=None, local_global_weight=0` the loss, the gradients, the target network and the memory bank
+  are the method's own for two training steps. With LoGo's defaults all terms are finite, every local crop has a
+  gradient, the targets have none, and the affinity learns.
+- **works with** an option of `wrap`: likewise, once it is given. Without it an error asks for it; only `global_crops`
+  has a default, 2.
+- **refused**: an error stops the run before the optimizer's first step. The table has its first sentence. Where it
+  makes sense, [`LoGoLoss`](pytorch.md) can be used directly.
+
+The page is written by `{COMMAND}`, and a test runs all of it again.
+"""
+
+
+def here() -> list[str]:
+    """The modules whose host is here."""
+    return [name for name, host_is_here in SOURCES.items() if host_is_here() and importlib.util.find_spec(name)]
+
+
+def fresh(name: str) -> dict[str, str]:
+    """The sections of the page that a module's runs give, by host."""
+    module = importlib.import_module(name)
+    rows = list(module.rows())
+    hosts = dict.fromkeys(host for host, *_ in rows)
+    notes = getattr(module, "NOTES", {})
+    return {host: section([row[1:] for row in rows if row[0] == host], notes.get(host, "")) for host in hosts}
+
+
+def section(rows: Iterable[tuple[str, str, str]], note: str) -> str:
+    order = sorted(rows, key=lambda row: (row[1] == "refused", row[1] != "works"))
+    lines = [f"| {method} | {verdict} | {escaped(reason)} |" for method, verdict, reason in order]
+    table = "\n".join(["| method | with LoGo | why not |", "|---|---|---|", *lines])
+    return f"{note}\n\n{table}" if note else table
+
+
+def escaped(reason: str) -> str:
+    return re.sub(r"([|*<>\[\]`])", r"\\\1", reason)
+
+
+def sections(page: str) -> dict[str, str]:
+    """The sections of a page, by host."""
+    _, *parts = re.split(r"^## (.+)$", page, flags=re.M)
+    return {host: text.strip() for host, text in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def page(found: dict[str, str]) -> str:
+    return "\n".join([INTRODUCTION, *(f"## {host}\n\n{text}\n" for host, text in found.items())])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, help="the page to write; without, it is printed")
+    path = parser.parse_args().write
+    committed = sections(PAGE.read_text()) if PAGE.exists() else {}
+    found = {host: text for name in here() for host, text in fresh(name).items()}
+    text = page({**found, **{host: text for host, text in committed.items() if host not in found}})
+    if path is None:
+        print(text)
+    else:
+        path.write_text(text)
