@@ -127,7 +127,9 @@ class LoGoModel(nn.Module):
         """
         criterion, given = resolve(self, self.logo_settings.criterion), bool(self.logo_settings.target)
         with watch(criterion) as watched:
-            yield lambda loss: read(watched, loss, criterion, type(self).__name__, target_given=given)
+            losses = [n for n, m in self.named_children() if type(m).__name__.endswith("Loss") and m is not criterion]
+            others = ", ".join(name for name in losses if name != "logo")
+            yield lambda loss: read(watched, loss, criterion, type(self).__name__, target_given=given, others=others)
 
     def online_methods(self, heads: Heads) -> list[tuple[str, Method]]:
         """(name, images -> ...) of what may run backbone and heads, the likeliest first."""
