@@ -123,6 +123,16 @@ def run_plain(source: str, views: list[list[Tensor]], options: dict[str, Any] | 
     return run
 
 
+def before_training(source: str) -> dict[str, Any]:
+    """The file's names before its first step: those of a run, with the same random numbers."""
+    tree = ast.parse(source)
+    end = next(i for i, line in enumerate(tree.body) if isinstance(line, ast.For) or "trainer" in _assigned(line))
+    tree.body = tree.body[:end]
+    run = Run(views=[])
+    _execute(run, tree, dict.fromkeys(("dataloader", "data_loader"), ()), before="", call=None)
+    return run.names
+
+
 def noise(images: int, sides: tuple[int, int], global_crops: int, local_crops: int) -> list[list[Tensor]]:
     """The views of each step; the global ones do not depend on how many local ones there are."""
     batches = []

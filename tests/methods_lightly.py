@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +32,21 @@ _NOTES = {
 }
 NOTES = {HOSTS[folder]: note for folder, note in _NOTES.items()}
 
+OF_DENSECL = {"projector": "projection_head_global", "reduction": "sum"}
 # What the documentation tells the user of these files to give. Others are tried without options, plain ones then with
 # step=: the next attempt is made when an error advises an option of it.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     f"{LIGHTNING}/fastsiam.py": [{"global_crops": 4}],
     f"{PLAIN}/fastsiam.py": [{"global_crops": 4}, {"global_crops": 4, "step": STEP}],
+    f"{LIGHTNING}/densecl.py": [{}, {"criterion": "criterion_global", **OF_DENSECL}],
+    f"{PLAIN}/densecl.py": [{}, {**OF_DENSECL, "step": STEP}],
     # Followed by the letter, the errors here have to end in one that says that there is no way.
     f"{LIGHTNING}/mae.py": [{}, {"projector": "prediction_head"}],
     f"{LIGHTNING}/pixio.py": [{}, {"projector": "prediction_head"}],
     f"{LIGHTNING}/simmim.py": [{}, {"projector": "decoder"}],
-    f"{LIGHTNING}/densecl.py": [{}, {"criterion": "criterion_global", "projector": "projection_head_global"}],
     f"{PLAIN}/mae.py": [{}, {"projector": "prediction_head"}, {"projector": "prediction_head", "step": STEP}],
     f"{PLAIN}/pixio.py": [{}, {"projector": "prediction_head"}, {"projector": "prediction_head", "step": STEP}],
     f"{PLAIN}/simmim.py": [{}, {"projector": "decoder"}, {"projector": "decoder", "step": STEP}],
-    f"{PLAIN}/densecl.py": [{}, {"projector": "projection_head_global", "step": STEP}],
     f"{PLAIN}/directclr.py": [{}, {"projector": "8"}, {"projector": "8", "step": STEP}],
     f"{PLAIN}/ijepa.py": [{}, {"projector": "predictor"}, {"projector": "predictor", "step": STEP}],
 }
@@ -72,7 +73,10 @@ class Result:
     """What a file's runs say; `problems` are what the documentation promises otherwise."""
 
     row: tuple[str, str, str, str]
-    problems: list[str] = field(default_factory=list)
+    problems: list[str]
+    options: dict[str, Any]
+    crops: list[Tensor]  # of the first step with LoGo's defaults
+    local_global: Tensor | None = None  # likewise
 
 
 def rows() -> list[tuple[str, str, str, str]]:
@@ -91,15 +95,21 @@ def files() -> list[str]:
     return found
 
 
-@functools.cache
-def examine(name: str) -> Result:
+def source_of(name: str) -> str:
     path, _, variant = name.partition(":")
-    folder, file = path.split("/")
     source = Path(ROOT, "examples", path).read_text()
     if variant:
         source, count = re.subn(rf"# (.*criterion = {variant}Loss)", r"\1", source)
         assert count == 1, f"{path} has no {variant}Loss in a comment"
         source = f"from lightly.loss import {variant}Loss\n{source}"
+    return source
+
+
+@functools.cache
+def examine(name: str) -> Result:
+    path, _, variant = name.partition(":")
+    folder, file = path.split("/")
+    source = source_of(name)
     images, sides = OF_TRANSFORMERS.get(file[:-3], SMALL)
 
     def run(options: dict[str, Any] | None, global_crops: int) -> Run:
@@ -107,6 +117,7 @@ def examine(name: str) -> Result:
         return {LIGHTNING: run_lightning, PLAIN: run_plain}[folder](source, crops, options)
 
     problems: list[str] = []
+    local_global = None
     attempts = OPTIONS.get(path, [{}, {"step": STEP}] if folder == PLAIN else [{}])
     for options in attempts:
         global_crops = options.get("global_crops", 2)
@@ -125,10 +136,13 @@ def examine(name: str) -> Result:
         host = run(None, global_crops)
         if host.error:
             raise RuntimeError(f"{path} does not run without LoGo") from host.error
-        problems += differences(at_zero, host) + training_problems(run(options, global_crops), host, global_crops)
+        trained = run(options, global_crops)
+        problems += differences(at_zero, host) + training_problems(trained, host, global_crops)
+        local_global = trained.terms[0].local_global if trained.terms else None
         given = ", ".join("`step=`" if value is STEP else f"`{key}={value!r}`" for key, value in options.items())
         verdict, reason = f"works with {given}" if given else "works", ""
-    return Result((HOSTS[folder], variant or method_name(source, file), verdict, reason), problems)
+    row = (HOSTS[folder], variant or method_name(source, file), verdict, reason)
+    return Result(row, problems, options, [crop.detach() for crop in at_zero.views[0]], local_global)
 
 
 def differences(at_zero: Run, host: Run) -> list[str]:

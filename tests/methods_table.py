@@ -19,22 +19,6 @@ SOURCES = {
     "methods_solo": lambda: "SOLO_LEARN_ROOT" in os.environ,
     "methods_stable": lambda: importlib.util.find_spec("stable_pretraining") is not None,
 }
-INTRODUCTION = f"""\
-# Methods
-
-LoGo extends methods that compare two views of an image through one loss. Each method below was run from its framework's
-own code, with LoGo and without:
-
-- **works**: with `affinity=None, local_global_weight=0` the loss, the gradients, the target network and the memory bank
-  are the method's own for two training steps. With LoGo's defaults all terms are finite, every local crop has a
-  gradient, the targets have none, and the affinity learns.
-- **works with** an option of `wrap`: likewise, once it is given. Without it an error asks for it; only `global_crops`
-  has a default, 2.
-- **refused**: an error stops the run before the optimizer's first step. The table has its first sentence. Where it
-  makes sense, [`LoGoLoss`](pytorch.md) can be used directly.
-
-The page is written by `{COMMAND}`, and a test runs all of it again.
-"""
 
 
 def here() -> list[str]:
@@ -68,18 +52,16 @@ def sections(page: str) -> dict[str, str]:
     return {host: text.strip() for host, text in zip(parts[::2], parts[1::2], strict=True)}
 
 
-def page(found: dict[str, str]) -> str:
-    return "\n".join([INTRODUCTION, *(f"## {host}\n\n{text}\n" for host, text in found.items())])
+def page(before: str, found: dict[str, str]) -> str:
+    """The page with these sections in the place of its own."""
+    introduction = re.split(r"^## ", before, flags=re.M)[0]
+    kept = {host: text for host, text in sections(before).items() if host not in found}
+    return introduction + "\n".join(f"## {host}\n\n{text}\n" for host, text in {**found, **kept}.items())
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="the page to write; without, it is printed")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="write the page; without, it is printed")
     path = parser.parse_args().write
-    committed = sections(PAGE.read_text()) if PAGE.exists() else {}
-    found = {host: text for name in here() for host, text in fresh(name).items()}
-    text = page({**found, **{host: text for host, text in committed.items() if host not in found}})
-    if path is None:
-        print(text)
-    else:
-        path.write_text(text)
+    text = page(PAGE.read_text(), {host: section for name in here() for host, section in fresh(name).items()})
+    print(text) if path is None else path.write_text(text)
