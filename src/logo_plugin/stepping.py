@@ -17,6 +17,7 @@ from logo_plugin.local_predictor import join_groups
 from logo_plugin.losses import LoGoTerms
 from logo_plugin.observing import Observed, is_symmetric
 from logo_plugin.online import Heads, Method, Outputs, Source, outputs_of, run_online, source_of
+from logo_plugin.recomputing import recomputed
 from logo_plugin.wrapped import LoGoModel, resolve
 
 
@@ -81,16 +82,17 @@ def _logo_step(
     if settings.target:
         with torch.no_grad():
             targets = [model.call_logo(settings.target, view) for view in global_views]
-    method, local_pred, local_proj = run_online(
-        methods_of(model, heads),
-        heads,
-        model._logo_sources[kind],
-        local_views,
-        features=observed.preds[0].shape[1],
-        global_shape=views[0].shape[1:],
-        local_predictor=model.logo_local_predictor,
-        concat=settings.concat_local_crops,
-    )
+    with recomputed(model.find_backbone(heads) if settings.checkpoint_local_crops else None):
+        method, local_pred, local_proj = run_online(
+            methods_of(model, heads),
+            heads,
+            model._logo_sources[kind],
+            local_views,
+            features=observed.preds[0].shape[1],
+            global_shape=views[0].shape[1:],
+            local_predictor=model.logo_local_predictor,
+            concat=settings.concat_local_crops,
+        )
     terms = model.logo.extend(
         host_loss,
         global_global=observed.global_global,
