@@ -556,7 +556,10 @@ GOOD = {
         ({"local_pred": views((4, 8))}, r"at least 2 local crops"),
         ({"local_proj": views((4, 8), (4, 8), (4, 8))}, r"local_proj matches local_pred"),
         ({"local_proj": views((3, 8), (3, 8))}, r"local_proj matches local_pred"),
-        ({"local_proj": views((4, 5), (4, 5))}, r"Affinity\(dim=8\) expects .*\(1, 4, 5\)"),
+        (
+            {"local_proj": views((4, 5), (4, 5))},
+            r"Affinity\(dim=8\) expects .*16\), got \(4, 5, 10\)\. Set dim",
+        ),
     ],
 )
 def test_bad_input(changed, message):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logo_plugin.affinity import full_precision
-from logo_plugin.losses import Views, _views
+from logo_plugin.checks import Views, as_views
 from logo_plugin.modes import eval_mode
 
 
@@ -43,7 +43,7 @@ def diagnose(local_proj: Views, affinity: nn.Module | None = None) -> dict[str, 
         >>> diagnose(torch.randn(2, 64, 16))["embedding_std"]  # doctest: +SKIP
         0.99
     """
-    views = torch.stack([full_precision(view) for view in _views("local_proj", local_proj)])
+    views = torch.stack([full_precision(view) for view in as_views("local_proj", local_proj)])
     crops, images, features = views.shape
     if images < 2:
         raise ValueError(f"local_proj must be of at least 2 images, got {tuple(views.shape)} for (L, N, D).")
