@@ -16,7 +16,7 @@ def diagnose(local_proj: Views, affinity: nn.Module | None = None) -> dict[str, 
     """Measures a batch of projections; changes nothing: no gradient, no buffer, no random number.
 
     All but the affinity's accuracy are of the projections divided by their norms, since losses of cosines
-    see nothing else. If a projection is not finite, every value is nan.
+    see nothing else. If a projection is not finite, every value is nan; if a logit is not, the accuracy is.
 
     Args:
         local_proj: Projections of the local crops, (L, N, D) or L tensors (N, D), N >= 2.
@@ -81,4 +81,6 @@ def _accuracy(affinity: nn.Module, z: Tensor) -> float:
     with eval_mode(affinity):
         # Each crop with the next one of its image, then with that of another image.
         same, other = affinity(z, z.roll(1, 0)), affinity(z, z.roll((1, 1), (0, 1)))
+    if not (same.isfinite().all() and other.isfinite().all()):
+        return float("nan")
     return float((same > 0).double().mean() + (other < 0).double().mean()) / 2
