@@ -148,11 +148,18 @@ def _run(layer: nn.Module, x: Tensor, frozen: int, routes_input: bool) -> Tensor
         kept = {name: p.detach() for name, p in parameters.items()}
         trained = x[:, frozen:].detach() if routes_input else x[:, frozen:]
         sides = ((kept, x[:, :frozen]), (parameters, trained))
-        out = torch.cat([functional_call(layer, p, side) for p, side in sides], dim=1)
+        out = torch.cat([_call(layer, p, side) for p, side in sides], dim=1)
     elif next(layer.parameters()).dtype == x.dtype:
         out = layer(x)
     else:
-        out = functional_call(layer, parameters, x)
+        out = _call(layer, parameters, x)
+    return out
+
+
+def _call(layer: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+    if type(layer) is nn.LayerNorm:  # which torch 2.4 can't compile otherwise
+        return F.layer_norm(x, layer.normalized_shape, parameters["weight"], parameters.get("bias"), layer.eps)
+    out: Tensor = functional_call(layer, parameters, x)
     return out
 
 

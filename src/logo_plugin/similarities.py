@@ -117,7 +117,8 @@ def _info_nce(pred: Tensor, target: Tensor, queue: Tensor | None, temperature: f
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Divided by the norm. Zeros stay zero, and their gradient finite: in float16 one of 1e8 would be infinite."""
+    """Divided by the norm, unless that is nothing in x's precision: then the gradient, 1 / norm, would overflow."""
+    least = max(1e-8, torch.finfo(x.dtype).tiny)  # the cosine's usual one; in float16 6e-5
     x = full_precision(x)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(norm > 1e-8, norm, 1.0)
+    return x / torch.where(norm > least, norm, 1.0)
