@@ -126,7 +126,12 @@ def wrap(
 
 
 def unknown_option(name: str, valid: Iterable[str], prefix: str = "") -> str:
-    """What an adapter says of an option that is none of `valid`: the nearest one, and all of them."""
+    """What an adapter says of an option that is none of `valid`: what is near, if anything is, and all of them."""
     valid = sorted(valid)
-    nearest = difflib.get_close_matches(name, valid, n=1, cutoff=0)[0]
-    return f"unknown option {prefix}{name}; did you mean {prefix}{nearest}? There are {', '.join(valid)}."
+    near = ["local_weight"] if name.strip("_").lower() in _LAMBDA and "local_weight" in valid else []
+    near = near or difflib.get_close_matches(name, valid, n=1) or [v for v in valid if name in v.split("_")][:3]
+    asked = f"; did you mean {' or '.join(prefix + v for v in near)}?" if near else "."
+    return f"unknown option {prefix}{name}{asked} There are {', '.join(valid)}."
+
+
+_LAMBDA = ("lambda", "lamda", "lambd", "lmbda", "lam")
