@@ -36,6 +36,7 @@ def wrap(
     step: Callable[[Any, list[Tensor]], Tensor] | None = None,
     concat_local_crops: bool = False,
     checkpoint_local_crops: bool = False,
+    local_running_stats: bool = True,
     weigh_overlap: bool = False,
     local_predictor: bool = False,
     **others: Any,
@@ -79,6 +80,8 @@ def wrap(
             are then shared.
         checkpoint_local_crops: Compute what the backbone keeps of local crops again in backward, instead of keeping
             it: memory of two views, time of one forward more per local crop.
+        local_running_stats: Whether local crops move BatchNorm's running statistics, which evaluation reads, as global
+            crops do (and as in other multi-crop methods). With False these are the model's own too.
         weigh_overlap: Multiply the repulsion of two local crops by 1 - IoU of their boxes. Needs
             `MultiCropCollate(return_boxes=True)`; a plain module takes them as `model(views, boxes)`.
         local_predictor: Give local crops a predictor of their own (MULAN, arXiv 2602.05845): a copy of the model's,
