@@ -33,6 +33,8 @@ class Settings:
     projector: str | None = None
     global_crops: int | None = None
     concat_local_crops: bool = False
+    checkpoint_local_crops: bool = False
+    local_running_stats: bool = True
     weigh_overlap: bool = False
     local_predictor: bool = False
 
@@ -80,6 +82,8 @@ class LoGoModel(nn.Module):
                 raise ValueError(f"{option}={method!r} is not a method of {name}.")
         heads = self.find_heads(settings.projector)
         settings = replace(settings, step=self.find_step(settings, criterion, heads))
+        if settings.checkpoint_local_crops and self.find_backbone(heads) is None:
+            raise ValueError(f"checkpoint_local_crops=True needs an attribute 'backbone', and {name} has none.")
         affinity = copy.deepcopy(settings.affinity)
         if affinity == "auto":
             affinity = Affinity(width(heads.projector))
@@ -98,6 +102,11 @@ class LoGoModel(nn.Module):
     def find_heads(self, projector: str | None) -> Heads:
         """The projector and predictor; a host that hides them overrides this."""
         return find_heads(self, self.logo_names, projector)
+
+    def find_backbone(self, heads: Heads) -> nn.Module | None:
+        """What takes images to features, beside the heads."""
+        backbone = getattr(heads.owner, "backbone", None)
+        return backbone if isinstance(backbone, nn.Module) else None
 
     def find_criterion(self) -> str | None:
         """The attribute that holds the loss; None where a host overrides `watch_step` and has no such module."""
@@ -133,7 +142,7 @@ class LoGoModel(nn.Module):
 
     def online_methods(self, heads: Heads) -> list[tuple[str, Method]]:
         """(name, images -> ...) of what may run backbone and heads, the likeliest first."""
-        return [composed(heads)] if isinstance(getattr(heads.owner, "backbone", None), nn.Module) else []
+        return [] if self.find_backbone(heads) is None else [composed(heads)]
 
     def call_logo(self, method: str | Callable[[Tensor], Any], images: Tensor) -> Any:
         """Calls a method given by name or as a function."""
@@ -218,7 +227,13 @@ def _check(settings: Settings) -> None:
     count = settings.global_crops
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 2):
         raise ValueError(f"global_crops must be an integer >= 2, got {count!r}.")
-    for option in ("concat_local_crops", "weigh_overlap", "local_predictor"):
+    for option in (
+        "concat_local_crops",
+        "checkpoint_local_crops",
+        "local_running_stats",
+        "weigh_overlap",
+        "local_predictor",
+    ):
         if not isinstance(getattr(settings, option), bool):
             raise ValueError(f"{option} must be True or False, got {getattr(settings, option)!r}.")
     if not isinstance(settings.projector, (str, type(None))):
