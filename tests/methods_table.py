@@ -1,4 +1,4 @@
-"""The page of methods, written from real runs of those hosts that are here; the others keep the tables they have.
+"""The tables of docs/methods.md, from real runs of those hosts that are here; all else on the page is left as it is.
 
 python tests/methods_table.py --write docs/methods.md
 """
@@ -55,13 +55,13 @@ def sections(page: str) -> dict[str, str]:
 def page(before: str, found: dict[str, str]) -> str:
     """The page with these sections in the place of its own."""
     introduction = re.split(r"^## ", before, flags=re.M)[0]
-    kept = {host: text for host, text in sections(before).items() if host not in found}
-    return introduction + "\n".join(f"## {host}\n\n{text}\n" for host, text in {**found, **kept}.items())
+    merged = {**sections(before), **found}
+    return introduction + "\n".join(f"## {host}\n\n{text}\n" for host, text in merged.items())
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="PAGE", help="write the page; without, it is printed")
     path = parser.parse_args().write
-    text = page(PAGE.read_text(), {host: section for name in here() for host, section in fresh(name).items()})
+    text = page(PAGE.read_text(), {host: rows for name in here() for host, rows in fresh(name).items()})
     print(text) if path is None else path.write_text(text)

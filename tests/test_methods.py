@@ -113,3 +113,13 @@ def test_page_is_what_the_runs_say(source):
     committed = methods_table.sections(methods_table.PAGE.read_text())
     for host, section in methods_table.fresh(source).items():
         assert committed.get(host) == section, f"docs/methods.md is stale: {methods_table.COMMAND}"
+
+
+def test_page_is_written_around_its_text():
+    before = methods_table.PAGE.read_text()
+    assert methods_table.page(before, {}) == before
+    host, *others = methods_table.sections(before)
+    after = methods_table.page(before, {host: "new", "another": "text"})
+    assert list(methods_table.sections(after)) == [host, *others, "another"]
+    assert methods_table.sections(after)[host] == "new"
+    assert after.partition("## ")[0] == before.partition("## ")[0]
