@@ -324,14 +324,207 @@ def test_wrap_own_methods():
         silent.training_step(batch(), 0)
 
 
-@pytest.mark.parametrize("method", ["byol", "mocov2plus", "mocov3"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"similarity": lambda pred, target: -F.cosine_similarity(pred, target, dim=-1).mean()},
+            "LoGoSimCLR's own loss",
+        ),
+        ({"scale": 2.0}, r"= scale 2 \* "),
+    ],
+)
+def test_similarity_is_checked_in_the_first_step(given, message):
+    """Another loss than the method's would pull local crops by another measure than global ones."""
+    methods, _ = import_solo()
+    model = wrap(methods.SimCLR, **given)(config("logo_simclr"))
+    model.log_dict = model.log = lambda *args, **kwargs: None
+    with pytest.raises(TypeError, match=rf"on the global crops similarity gives .*{message}.*as similarity="):
+        model.training_step(batch(), 0)
+
+
+def test_subclass_with_a_loss_of_its_own():
+    methods, _ = import_solo()
+
+    class Squared(methods.BYOL):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) ** 2
+
+    class More(methods.SimSiam):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + 1
+
+    for method in (Squared, More):
+        model = wrap(method)(config("mine"))
+        model.log_dict = model.log = lambda *args, **kwargs: None
+        with pytest.raises(TypeError, match=rf"LoGo{method.__name__}'s own loss is .*with further terms"):
+            model.training_step(batch(), 0)
+
+
+def test_a_copy_of_a_local_subclass_keeps_its_class():
+    methods, _ = import_solo()
+
+    class Deeper(wrap(methods.BYOL)):
+        def forward(self, x):
+            return super().forward(x) | {"deeper": True}
+
+    model = Deeper(config("logo_byol"))
+    assert type(copy.deepcopy(model)) is Deeper
+    with pytest.raises(Exception, match="Deeper"):  # of no module: said, not replaced by its base
+        pickle.dumps(model)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_bfloat16_and_channels_last(method):
-    model = build(f"logo_{method}", {"gradient_ratio": 0.1}).to(memory_format=torch.channels_last)
+    ratio = {} if method in HIDDEN_PROJECTION else {"gradient_ratio": 0.1}
+    model = build(f"logo_{method}", ratio).to(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model.training_step(batch(), 0)
     loss.backward()
     assert loss.dtype == torch.float32
     assert all(torch.isfinite(grad).all() for grad in gradients(model).values())
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        *((method, torch.bfloat16) for method in METHODS),
+        # solo-learn's Barlow Twins builds a float32 BatchNorm in its loss.
+        *((method, torch.float64) for method in METHODS if method != "barlow_twins"),
+        *((method, torch.float16) for method in ("byol", "mocov2plus", "vicreg")),  # slow on a CPU
+    ],
+)
+def test_whole_model_in_another_precision(method, dtype):
+    """As with Trainer(precision="bf16-true"); LoGo's pairs are in float32 where the method's own are in half."""
+    # The affinity takes any precision by itself: tests of the core.
+    model = build(f"logo_{method}", {"affinity": False, "local_global_weight": 0.5}).to(dtype)
+    indexes, views, targets = batch()
+    loss = model.training_step([indexes, [view.to(dtype) for view in views], targets], 0)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(grad).all() for grad in gradients(model).values())
+
+
+@pytest.mark.parametrize("method", ["byol", "mocov2plus"])
+def test_whole_objective_in_bfloat16(method):
+    model = build(f"logo_{method}", {"gradient_ratio": 0.1}).to(torch.bfloat16)
+    indexes, views, targets = batch()
+    model.training_step([indexes, [view.bfloat16() for view in views], targets], 0).backward()
+    assert all(torch.isfinite(value).all() for value in (*gradients(model).values(), *model.logo_terms))
+
+
+def test_built_in_double_precision():
+    methods, _ = import_solo()
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = methods.METHODS["logo_byol"](config("logo_byol"))
+        assert next(model.logo.parameters()).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("method", ["byol", "simclr"])
+def test_without_gradients_the_loss_is_the_methods_own(method):
+    host, model = build(method), build(f"logo_{method}", {"gradient_ratio": 0.1})
+    indexes, views, targets = batch()
+    with torch.no_grad():
+        expected = host.training_step([indexes, views[:2], targets], 0)
+        assert torch.equal(model.training_step([indexes, views, targets], 0), expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's
+def test_stochastic_weight_averaging(tmp_path):
+    """Its last epoch recomputes BatchNorm's statistics, with a momentum of None."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+    methods, _ = import_solo()
+    model = methods.METHODS["logo_byol"](config("logo_byol"))
+    indexes, views, targets = batch(8)
+    loader = torch.utils.data.DataLoader([(indexes[i], [v[i] for v in views], targets[i]) for i in range(8)], 4)
+    trainer = Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        callbacks=[StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)],
+    )
+    trainer.fit(model, loader)
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+    assert {m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d)} == {0.1}
+
+
+def test_local_crops_move_running_statistics_and_nothing_else():
+    """Why val_loss differs from stock even with LoGo off: eval mode reads statistics that saw four crops, not two."""
+    options = {"affinity": False, "local_global_weight": 0}
+    host, model, kept = build("byol"), build("logo_byol", options), build("logo_byol", options)
+    forward = kept.forward
+
+    def without_statistics(x):
+        """Local crops forwarded on copies of the buffers."""
+        if not any(x is local for local in views[2:]):
+            return forward(x)
+        kept.forward = forward
+        try:
+            return torch.func.functional_call(kept, {n: b.clone() for n, b in kept.named_buffers()}, x)
+        finally:
+            kept.forward = without_statistics
+
+    kept.forward = without_statistics
+    indexes, views, targets = batch()
+    for each in (host, model, kept):
+        each.training_step([indexes, views if each is not host else views[:2], targets], 0).backward()
+    buffers = dict(host.named_buffers())
+    moved = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, buffers[name])}
+    online = {n for n in buffers if n.startswith(("backbone.", "projector.", "predictor.")) and "running_" in n}
+    assert {name for name in moved if "running_" in name} == online
+    assert all(name.endswith(("running_mean", "running_var", "num_batches_tracked")) for name in moved)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in kept.named_buffers())
+    for each in (host, model, kept):
+        each.eval()
+    expected = host(views[0])["feats"]
+    assert not torch.allclose(model(views[0])["feats"], expected)
+    assert torch.equal(forward(views[0])["feats"], expected)
+
+
+@pytest.mark.parametrize(
+    ("saved", "here", "message"),
+    [
+        (("byol", None), ("logo_byol", {}), "made without LoGo's affinity or local predictor, and this run has added"),
+        (("logo_byol", {}), ("byol", None), "made with LoGo, and this run is without its affinity"),
+        (("logo_byol", {}), ("logo_byol", {"affinity": False}), "made with LoGo, and this run is without its affinity"),
+        (
+            ("logo_byol", {}),
+            ("logo_byol", {"affinity_hidden_dim": 64, "affinity_norm": "layer"}),
+            r"in the checkpoint method_kwargs\.logo\.affinity_hidden_dim=256, .*\.affinity_norm=batch, "
+            r"in this run method_kwargs\.logo\.affinity_hidden_dim=64, .*\.affinity_norm=layer",
+        ),
+        (
+            ("logo_byol", {}),
+            ("logo_byol", {"local_predictor": True}),
+            r"local_predictor=false, in this run method_kwargs\.logo\.local_predictor=true",
+        ),
+    ],
+)
+def test_checkpoints_of_other_settings(saved, here, message):
+    checkpoint = {"state_dict": build(*saved).state_dict()}
+    model = build(*here)
+    with pytest.raises(RuntimeError, match=rf"{message}.*args\.json beside the checkpoint"):
+        model.on_load_checkpoint(checkpoint)
+    # What the message says does load.
+    weights = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("logo")}
+    found = model.load_state_dict(weights, strict=False)
+    assert not found.unexpected_keys
+    assert all(name.startswith("logo") for name in found.missing_keys)
+
+
+def test_checkpoints_of_the_same_settings():
+    for method, logo in (("byol", None), ("logo_byol", {}), ("logo_byol", {"affinity": False})):
+        checkpoint = {"state_dict": build(method, logo).state_dict()}
+        build(method, None if logo is None else logo | {"reduction": "sum"}).on_load_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -419,7 +612,7 @@ def test_scripts_of_the_clone(tmp_path):
     (second,) = tmp_path.glob("ck/logo_simsiam/*/*ep=1.ckpt")
     fast = [*pretrain, "+method_kwargs.logo.fast_crops=true", "+method_kwargs.logo.weigh_overlap=true"]
     run(*fast, "max_epochs=1", "data.num_workers=1")
-    assert list(tmp_path.glob("ck/logo_simsiam/*/*-fast_cropsTrue-weigh_overlapTrue-*ep=0.ckpt"))
+    assert list(tmp_path.glob("ck/logo_simsiam/*/*-fast-iou-*ep=0.ckpt"))
     assert torch.load(second)["global_step"] == 2 * torch.load(first)["global_step"] == 10
     linear = [f"{ROOT}/main_linear.py", "--config-path", f"{ROOT}/scripts/linear/imagenet-100", "--config-name"]
     run(*linear, "simsiam", *common, "max_epochs=1", f"pretrained_feature_extractor='{second}'")
