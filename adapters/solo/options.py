@@ -1,11 +1,11 @@
 """`method_kwargs.logo.*`: what there is, and the checks that need no model."""
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from logo_plugin.losses import PRESETS, LoGoLoss, with_preset
+from logo_plugin.wrapping import unknown_option
 
 OWN: dict[str, Any] = {
     "affinity": True,
@@ -24,7 +24,6 @@ OPTIONS: dict[str, Any] = OWN | {
     if name not in ("affinity", "similarity")
 }
 PREFIX = "method_kwargs.logo."
-_OTHER_NAMES = {"lambda": "local_weight", "lamda": "local_weight", "lambd": "local_weight", "ratio": "gradient_ratio"}
 # (a setting, whether it is made, what then has no effect)
 _Setting = Callable[[Mapping[str, Any]], bool]
 _IDLE: list[tuple[str, _Setting, tuple[str, ...]]] = [
@@ -55,7 +54,7 @@ def checked(given: Any) -> dict[str, Any]:
         raise ValueError(f"method_kwargs.logo must be a mapping of options, got {given!r}.")
     for name in given:
         if name not in OPTIONS:
-            raise ValueError(_unknown(str(name)))
+            raise ValueError(unknown_option(str(name), OPTIONS, PREFIX))
     for name, default in OWN.items():
         if isinstance(default, bool) and not isinstance(given.get(name, False), bool):
             raise ValueError(f"{PREFIX}{name} must be true or false, got {given[name]!r}.")
@@ -95,9 +94,3 @@ def _refuse_idle(options: Mapping[str, Any]) -> None:
 
 def _as_written(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _unknown(name: str) -> str:
-    near = _OTHER_NAMES.get(name.lower()) or next(iter(difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.7)), None)
-    guess = f"; did you mean {PREFIX}{near}?" if near else "."
-    return f"unknown option {PREFIX}{name}{guess} There are {', '.join(sorted(OPTIONS))}."

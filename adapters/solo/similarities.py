@@ -68,7 +68,18 @@ def simclr(model: Any, indexes: Tensor) -> Similarity:
 
 def barlow_twins(model: Any, indexes: Tensor) -> Similarity:
     """Cross-correlation matrix of the two crops against the identity."""
-    return _exact(barlow_loss_func, lamb=model.lamb, scale_loss=model.scale_loss)
+
+    def similarity(pred: Tensor, target: Tensor) -> Tensor:
+        # The function builds a BatchNorm of the default dtype, which is bfloat16 in Lightning's bf16-true.
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(pred.dtype)
+        try:
+            loss: Tensor = barlow_loss_func(pred, target, lamb=model.lamb, scale_loss=model.scale_loss)
+        finally:
+            torch.set_default_dtype(default)
+        return loss
+
+    return _exact(similarity)
 
 
 def vicreg(model: Any, indexes: Tensor) -> Similarity:
