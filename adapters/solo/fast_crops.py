@@ -64,7 +64,7 @@ class FastCrops:
 
     def __call__(self, image: Any) -> list[Tensor]:
         """Makes the crops of one image, in the order of the pipelines."""
-        pixels = decode(image).permute(2, 0, 1)
+        pixels = decode(image)[..., :3].permute(2, 0, 1)
         crops, boxes = [], []
         for transform in self.transforms:
             *views, box = transform(pixels)
