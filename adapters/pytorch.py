@@ -1,0 +1,141 @@
+"""Plain PyTorch modules: the loop is the user's, so `loss = model(views)` takes the place of forwards and criterion.
+
+What such a loop computes from two views is known for lightly's plain examples of BYOL, SimSiam and MoCo and for
+symmetric criteria of two projections; for all else the user says it, with `step=`.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from logo_plugin.adapters.lightly import LightlyModel, takes_two_views, views_of
+from logo_plugin.observing import is_symmetric, on_a_copy
+from logo_plugin.online import Heads, Method, Source, find_heads, run_online, width
+from logo_plugin.wrapped import Settings, Step, logo_step, methods_of, resolve
+
+_TARGET = ("forward_momentum", "forward_teacher", "forward_key_encoder")
+_STEPS_BEFORE_WARNING = 32
+
+
+class PlainModel(LightlyModel):
+    """A module whose forward takes the list of views as well as a tensor of images."""
+
+    def find_step(self, settings: Settings, criterion: nn.Module, heads: Heads) -> Step:
+        """The user's, or the one that the model's parts and the criterion leave no doubt of."""
+        return settings.step or _known_step(self, settings, criterion, heads)
+
+    def call_logo(self, method: str | Callable[[Tensor], Any], images: Tensor) -> Any:
+        """As usual, but past this class's forward: crops of the network's are tensors."""
+        return super().forward(images) if method == "forward" else super().call_logo(method, images)
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Of views (and their boxes), the loss; of a tensor, what the user's own forward gives."""
+        if not isinstance(x, (list, tuple)):
+            return super().forward(x, *args, **kwargs)
+        step: Any = self.logo_settings.step
+        views = views_of([x], type(self).__name__)
+        loss, _ = logo_step(self, lambda crops: step(self, crops), views, *args, **kwargs)
+        self._warn_if_affinity_rests()
+        return loss
+
+    def _warn_if_affinity_rests(self) -> None:
+        if self.logo.affinity is None or not self.training:
+            return
+        versions = [p._version for p in self.logo.affinity.parameters()]
+        steps, first = self.__dict__.get("_logo_versions", (0, versions))
+        self.__dict__["_logo_versions"] = (steps + 1, first)
+        if steps + 1 == _STEPS_BEFORE_WARNING and versions == first:
+            warnings.warn(
+                f"the affinity's parameters have not changed in {_STEPS_BEFORE_WARNING} steps: build the optimizer "
+                "after wrap(model), so that model.parameters() includes them.",
+                stacklevel=4,
+            )
+
+
+def _known_step(model: PlainModel, settings: Settings, criterion: nn.Module, heads: Heads) -> Step:
+    if takes_two_views(model):
+        return _two_view_step
+    bank = getattr(getattr(criterion, "memory_bank", None), "size", (0,))[0] > 0
+    target, kind = _target(model, settings), "bank" if bank else _kind(criterion, heads)
+    parts = (kind, heads.predictor is not None, target is not None)
+    known = {
+        ("similarity", True, True): _prediction_step,  # BYOL
+        ("similarity", True, False): _prediction_step,  # SimSiam
+        ("bank", False, True): _queue_step,  # MoCo
+        ("contrast", False, False): _symmetric_step,  # SimCLR, Barlow Twins, VICReg, DCL
+    }
+    step = known.get(parts) if settings.globals == 2 else None
+    if step is None:
+        has = " and ".join(
+            [f"{type(criterion).__name__}"] + ["a predictor"] * parts[1] + [f"targets from {target}"] * parts[2]
+        )
+        raise ValueError(
+            f"LoGo cannot tell what your loop computes for {type(model).__name__} with {has}"
+            f"{f' and {settings.globals} global crops' if settings.globals != 2 else ''}. Say it: wrap(model, "
+            "criterion=criterion, step=step), where step(model, global_views) returns the loss as your loop computes it, "
+            "calling criterion. Known without are BYOL and SimSiam (predictor, cosine), MoCo (memory bank) and symmetric "
+            "losses of two projections, each with 2 global crops."
+        )
+    return step
+
+
+def _kind(criterion: nn.Module, heads: Heads) -> str | None:
+    """ "similarity" of each image's pair, "contrast" or statistics over the batch, or None if it is not symmetric."""
+    try:
+        first, second = torch.randn(2, 8, width(heads.projector), generator=torch.Generator().manual_seed(0)).to(
+            next(heads.projector.parameters()).device
+        )
+        loss = on_a_copy(criterion, criterion, type(criterion).__name__)
+        if not is_symmetric(loss, first, second):
+            return None
+        with torch.no_grad():
+            halves = (loss(first[:4], second[:4]) + loss(first[4:], second[4:])) / 2
+            return "similarity" if torch.allclose(halves, loss(first, second), rtol=1e-3) else "contrast"
+    except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _target(model: PlainModel, settings: Settings) -> str | Callable[[Tensor], Tensor] | None:
+    return settings.target or next((name for name in _TARGET if hasattr(model, name)), None)
+
+
+def _prediction_step(model: PlainModel, views: Sequence[Tensor]) -> Tensor:
+    """Each view's prediction against the other's target, or its projection detached."""
+    criterion, target = resolve(model, model.logo_settings.criterion), _target(model, model.logo_settings)
+    preds, projs = _online(model, views)
+    targets = [model.call_logo(target, view) for view in views] if target else projs
+    return torch.stack([criterion(preds[i], targets[1 - i].detach()) for i in (0, 1)]).mean()
+
+
+def _queue_step(model: PlainModel, views: Sequence[Tensor]) -> Tensor:
+    """MoCo in one direction, as in lightly's example, since every call enqueues its keys."""
+    criterion, target = resolve(model, model.logo_settings.criterion), _target(model, model.logo_settings)
+    preds, _ = _online(model, views[:1])
+    return criterion(preds[0], model.call_logo(target, views[1]).detach())  # type: ignore[arg-type, no-any-return]
+
+
+def _symmetric_step(model: PlainModel, views: Sequence[Tensor]) -> Tensor:
+    """The two projections, gradient through both."""
+    preds, _ = _online(model, views)
+    return resolve(model, model.logo_settings.criterion)(*preds)  # type: ignore[no-any-return]
+
+
+def _two_view_step(model: PlainModel, views: Sequence[Tensor]) -> Tensor:
+    """lightly.models of lightly 1.5, whose forward takes both views."""
+    criterion = resolve(model, model.logo_settings.criterion)
+    outs = super(PlainModel, model).forward(views[0], views[1])
+    if isinstance(outs[0], Tensor) or type(criterion).__name__.startswith("Sym"):
+        return criterion(*outs)  # type: ignore[no-any-return]
+    (z0, p0), (z1, p1) = outs
+    return 0.5 * (criterion(p0, z1.detach()) + criterion(p1, z0.detach()))  # type: ignore[no-any-return]
+
+
+def _online(model: PlainModel, views: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    heads = find_heads(model, model.logo_names, model.logo_settings.projector)
+    source = None if model.logo_settings.online else Source(heads.predictor is not None, False)
+    methods: list[tuple[str, Method]] = methods_of(model, heads)
+    _, preds, projs = run_online(methods, heads, source, views)
+    return preds, projs

@@ -1,0 +1,264 @@
+"""One training step of a host, watched: how it called its criterion says what LoGo must do. No host is named here.
+
+From the calls come the targets, the scale of the loss, and the similarity that pulls local crops: the criterion itself,
+called once more as the host called it, with a local crop's prediction in the place of the host's.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from logo_plugin.losses import Similarity, info_nce
+
+Key = int | str  # of an argument: its position or its name
+
+
+class Call(NamedTuple):
+    """One call of the criterion; `negatives` is what its memory bank held before the step, (D, K)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    value: Any
+    negatives: Tensor | None
+
+
+class Watched(NamedTuple):
+    """What `watch` fills in."""
+
+    calls: list[Call]
+    stateful: Callable[[], bool]  # whether the calls changed the criterion
+
+
+class Observed(NamedTuple):
+    """What one step of the host says about its objective.
+
+    scale: What the host multiplies its mean similarity with.
+    global_global: That mean (scalar).
+    global_pairs: Pairs of global crops behind it; a symmetric call compares two.
+    preds: What carries gradient of that which the criterion was given, (N, D) each.
+    mutual: Whether both sides of a call carry gradient: each is prediction and, detached, target.
+    targets: What local crops are pulled to, (N, D) each, without gradient.
+    similarity: (prediction of a local crop, target) -> scalar.
+    """
+
+    scale: Tensor
+    global_global: Tensor
+    global_pairs: int
+    preds: list[Tensor]
+    mutual: bool
+    targets: list[Tensor]
+    similarity: Similarity
+
+
+@contextmanager
+def watch(criterion: nn.Module) -> Iterator[Watched]:
+    """While it lasts, the criterion's calls are recorded."""
+    calls: list[Call] = []
+    negatives: list[Tensor] = []
+    before = _state(criterion)
+    bank = getattr(criterion, "memory_bank", None)
+
+    @torch.compiler.disable
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
+        calls.append(Call(args, kwargs, value, negatives[0] if negatives else None))
+
+    with ExitStack() as stack:
+        stack.callback(criterion.register_forward_hook(record, with_kwargs=True).remove)
+        if isinstance(bank, nn.Module):
+            # A loss may call memory_bank.forward itself, past any hook. Its answer to the first call are the negatives
+            # of this step, before any of this step's keys is among them.
+            query = bank.forward
+
+            def remember(*args: Any, **kwargs: Any) -> Any:
+                output, bank_negatives = query(*args, **kwargs)
+                if bank_negatives is not None:
+                    negatives.append(bank_negatives)
+                return output, bank_negatives
+
+            bank.__dict__["forward"] = remember
+            stack.callback(bank.__dict__.pop, "forward")
+        yield Watched(calls, lambda: _changed(criterion, before))
+
+
+def read(watched: Watched, host_loss: Tensor, criterion: nn.Module, model: str, *, target_given: bool) -> Observed:
+    """What the calls say; those that the loss does not depend on say nothing.
+
+    Args:
+        watched: From `watch`, after the host's step.
+        host_loss: What the step computed (scalar).
+        criterion: What was watched.
+        model: The model's name, for errors.
+        target_given: The user says what the targets are, so the criterion's arguments need not tell.
+
+    Raises:
+        RuntimeError: If the criterion's calls are none that local crops can be pulled by; it says why.
+    """
+    name = f"{type(criterion).__name__} of {model}"
+    if not watched.calls:
+        raise RuntimeError(f"the training step never called {name}; name the right criterion with criterion=.")
+    for call in watched.calls:
+        if not isinstance(call.value, Tensor) or call.value.ndim:
+            got = f"shape {tuple(call.value.shape)}" if isinstance(call.value, Tensor) else type(call.value).__name__
+            raise RuntimeError(f"{name} returned {got}, and LoGo needs a loss that is one number.")
+    learning = [call for call in watched.calls if call.value.requires_grad]
+    values = [call.value for call in learning]
+    weights = torch.autograd.grad(host_loss, values, retain_graph=True, allow_unused=True) if values else ()
+    used = [(weight, call) for weight, call in zip(weights, learning, strict=True) if weight is not None]
+    if not used:
+        for call in watched.calls:  # says why, where the arguments do
+            _read_call(call, criterion, name, target_given)
+        raise RuntimeError(f"the loss does not depend on {name}, which LoGo observes; name another with criterion=.")
+    parts = [_read_call(call, criterion, name, target_given) for _, call in used]
+    if len({part.mutual for part in parts}) > 1:
+        raise RuntimeError(f"{name} was called both with and without targets that carry gradient. Use LoGoLoss directly.")
+    similarity = parts[-1].similarity
+    if used[-1][1].negatives is not None:
+        temperature = getattr(criterion, "temperature", None)
+        if temperature is None:
+            raise RuntimeError(f"{name} has a memory bank but no temperature, so its InfoNCE cannot be repeated.")
+        similarity = partial(info_nce, queue=watched.calls[0].negatives, temperature=temperature)
+    elif watched.stateful():
+        similarity = on_a_copy(criterion, similarity, name)
+    scale = torch.stack([weight for weight, _ in used]).sum()
+    return Observed(
+        scale,
+        torch.stack([weight * call.value for weight, call in used]).sum() / scale,
+        sum(part.pairs for part in parts),
+        [pred for part in parts for pred in part.preds],
+        parts[0].mutual,
+        list({id(target): target for part in parts for target in part.targets}.values()),
+        similarity,
+    )
+
+
+class _Part(NamedTuple):
+    preds: Sequence[Tensor]
+    mutual: bool
+    targets: Sequence[Tensor]
+    pairs: int
+    similarity: Similarity
+
+
+def _read_call(call: Call, criterion: nn.Module, name: str, target_given: bool) -> _Part:
+    """The row of the table of criteria (docs/methods.md) that a call falls into."""
+    given: dict[Key, Any] = {**dict(enumerate(call.args)), **call.kwargs}
+    if len(given) == 2 and all(isinstance(a, (tuple, list)) and len(a) == 2 for a in given.values()):
+        (z0, p0), (z1, p1) = given.values()
+        if all(_is_batch(x) for x in (z0, p0, z1, p1)):
+            # Symmetric pairs, as SymNegCosineSimilarityLoss takes them: with the same pair twice it is s(p, z).
+            return _Part([p0, p1], False, [z1.detach(), z0.detach()], 2, lambda p, t: criterion((t, p), (t, p)))
+    nested = [key for key, value in given.items() if isinstance(value, (tuple, list, dict))]
+    tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+    if nested:
+        raise RuntimeError(
+            f"{name} takes lists of views, so it compares many views in its own way, as methods with a multi-crop of "
+            "their own do. LoGo extends a loss of two views; there is no option for this one. Use LoGoLoss directly."
+        )
+    if len(tensors) != 2 or not all(map(_is_batch, tensors.values())):
+        shapes = ", ".join(f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}" for value in tensors.values())
+        raise RuntimeError(
+            f"{name} was called with {shapes or 'no tensors'}, and LoGo needs a loss of two views, a prediction (N, D) "
+            "and a target (N, D). Name such a loss with criterion=; a method that has none (masks, dense maps, "
+            "prototypes) is not one that LoGo can extend."
+        )
+    keys, carries = list(tensors), [value.requires_grad for value in tensors.values()]
+    if not any(carries):
+        raise RuntimeError(
+            f"{name} was called with two tensors that do not carry gradient, so LoGo cannot tell the prediction from the "
+            "target. Name the criterion that trains the model with criterion=."
+        )
+    if all(carries):
+        sides = list(tensors.values())
+        pairs = 1 if target_given else 2
+        return _Part(sides, True, [side.detach() for side in sides], pairs, _repeat(criterion, call, *keys))
+    if not carries[0]:
+        keys.reverse()
+    return _Part([tensors[keys[0]]], False, [tensors[keys[1]].detach()], 1, _repeat(criterion, call, *keys))
+
+
+def is_symmetric(similarity: Similarity, first: Tensor, second: Tensor) -> bool:
+    """Whether the order of the two views makes no difference, on these (N, D)."""
+    with torch.no_grad():
+        return torch.allclose(similarity(first, second), similarity(second, first), rtol=1e-3, atol=1e-5)
+
+
+def _is_batch(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point()
+
+
+def _repeat(criterion: nn.Module, call: Call, pred_key: Key, target_key: Key) -> Similarity:
+    """The criterion as a function of prediction and target, all else as in the host's call."""
+
+    def similarity(pred: Tensor, target: Tensor) -> Tensor:
+        args: Any = list(call.args)
+        kwargs: Any = dict(call.kwargs)
+        for key, value in ((pred_key, pred), (target_key, target)):
+            (kwargs if isinstance(key, str) else args)[key] = value
+        value = criterion(*args, **kwargs)
+        return value  # type: ignore[no-any-return]
+
+    return similarity
+
+
+def on_a_copy(criterion: nn.Module, similarity: Similarity, name: str) -> Similarity:
+    """The similarity on copies of the criterion's state, which is then as if LoGo had never called it.
+
+    Its calls raise RuntimeError if there is a state that cannot be put back.
+    """
+
+    def kept(pred: Tensor, target: Tensor) -> Tensor:
+        before = _state(criterion)
+        for holder, key, value, _ in before:
+            holder[key] = value.clone() if isinstance(value, Tensor) else list(value) if _is_list(value) else value
+        try:
+            value = similarity(pred, target)
+        finally:
+            for holder, key, value_before, _ in before:
+                holder[key] = value_before
+        if _changed(criterion, before):
+            raise RuntimeError(
+                f"{name} keeps a state that changes with every call and that LoGo cannot put back, so calling it for "
+                "local crops would change the method. Use LoGoLoss directly."
+            )
+        return value
+
+    return kept
+
+
+_Entry = tuple[dict[str, Any], str, Any, Any]  # holder, key, value, what tells that the value was changed in place
+
+
+def _state(criterion: nn.Module) -> list[_Entry]:
+    """All that a module keeps between calls: buffers, tensors, lists of them, numbers."""
+    return [
+        (holder, key, value, _version(value))
+        for module in criterion.modules()
+        for holder in (vars(module), module._buffers)
+        for key, value in holder.items()
+        if value is None or isinstance(value, (Tensor, int, float, str)) or _is_list(value)
+    ]
+
+
+def _changed(criterion: nn.Module, before: list[_Entry]) -> bool:
+    """Whether anything is not as it was, without a look at the tensors' values."""
+    after = _state(criterion)
+    return len(after) != len(before) or any(
+        new_key != key
+        or (new is not value and (isinstance(value, Tensor) or isinstance(new, Tensor) or new != value))
+        or new_version != version
+        for (_, new_key, new, new_version), (_, key, value, version) in zip(after, before, strict=True)
+    )
+
+
+def _version(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value._version
+    return [(id(item), _version(item)) for item in value] if _is_list(value) else None
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, (Tensor, int, float)) for item in value)

@@ -1,0 +1,225 @@
+"""A model's projector and predictor, and what they give for local crops. No host is named here."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from logo_plugin.affinity import full_precision
+from logo_plugin.local_predictor import stand_in
+
+Outputs = dict[nn.Module, list[Tensor]]
+Method = Callable[[Tensor], Any]
+
+
+class Names(NamedTuple):
+    """How a host's models call their parts; the first name that a model has counts."""
+
+    projector: tuple[str, ...]
+    predictor: tuple[str, ...]
+
+
+class Heads(NamedTuple):
+    """The heads, and the module whose attributes they are: the model itself or one of its parts."""
+
+    owner: nn.Module
+    projector: nn.Module
+    predictor: nn.Module | None
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The heads there are."""
+        return [self.projector] if self.predictor is None else [self.projector, self.predictor]
+
+    @property
+    def names(self) -> list[str]:
+        """What the owner calls them."""
+        return [name for name, child in self.owner.named_children() if child in self.modules]
+
+
+class Source(NamedTuple):
+    """Where the criterion's predictions come from: a head's output, as it is or with rows of unit length."""
+
+    is_predictor: bool
+    normalized: bool
+
+
+def find_heads(model: nn.Module, names: Names, projector: str | None = None) -> Heads:
+    """The projector and predictor, on the model itself or on the first part that has them.
+
+    Raises:
+        ValueError: If there is no projector.
+    """
+    wanted = (projector,) if projector else names.projector
+    for owner in model.modules():
+        for name in wanted:
+            if isinstance(getattr(owner, name, None), nn.Module):
+                predictors = (getattr(owner, n, None) for n in names.predictor)
+                predictor = next((p for p in predictors if isinstance(p, nn.Module)), None)
+                return Heads(owner, getattr(owner, name), predictor)
+    raise ValueError(
+        f"{type(model).__name__} has no {' / '.join(wanted)}, whose output the affinity compares. If it compares "
+        "projections (N, D) of two views, name its projector with projector='...'; a method without projector (masked "
+        "images, dense maps) is not one that LoGo can extend."
+    )
+
+
+def width(projector: nn.Module) -> int:
+    """Features of the projector's output.
+
+    Raises:
+        ValueError: If no layer tells.
+    """
+    for layer in reversed(list(projector.modules())):
+        features = getattr(layer, "out_features", None) or getattr(layer, "num_features", None)
+        if isinstance(features, int):
+            return features
+    raise ValueError(f"cannot tell the output width of {type(projector).__name__}; give affinity=Affinity(dim=...).")
+
+
+@contextmanager
+def outputs_of(modules: Iterable[nn.Module], pieces: int = 0) -> Iterator[Outputs]:
+    """While it lasts, the outputs of each call of the modules are recorded.
+
+    With `pieces`, each output is split to that many rows, and what follows in the network computes from the pieces:
+    a gradient can be taken at them.
+    """
+    found: Outputs = {}
+
+    def remember(module: nn.Module, _: Any, out: Any) -> Any:
+        if not isinstance(out, Tensor):
+            return out
+        if not pieces:
+            found.setdefault(module, []).append(out)
+            return out
+        found[module] = list(torch.split(out, pieces))
+        return found[module][0] if len(found[module]) == 1 else torch.cat(found[module])
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(remember).remove)
+        yield found
+
+
+def source_of(pred: Tensor, outputs: Outputs, heads: Heads) -> Source | None:
+    """Which head gave the criterion a prediction, None if none did.
+
+    Args:
+        pred: Prediction of a global crop (N, D), as the criterion was given it.
+        outputs: From `outputs_of(heads.modules)` in the same step.
+        heads: The model's.
+    """
+    given = _plain(pred)
+    for head in reversed(heads.modules):
+        blocks = [_plain(b) for out in outputs.get(head, []) if out.ndim == 2 for b in out.split(len(pred))]
+        for normalized in (False, True):
+            known = [F.normalize(b, dim=1) for b in blocks] if normalized else blocks
+            if any(b.shape == given.shape and _close(given, b) for b in known):
+                return Source(head is heads.predictor, normalized)
+    return None
+
+
+def run_online(
+    methods: Sequence[tuple[str, Method]],
+    heads: Heads,
+    source: Source | None,
+    views: Sequence[Tensor],
+    *,
+    features: int | None = None,
+    global_shape: Sequence[int] = (),
+    local_predictor: nn.Module | None = None,
+    concat: bool = False,
+) -> tuple[str, list[Tensor], list[Tensor]]:
+    """Online predictions and projections of crops, by the first of `methods` that runs the heads.
+
+    Args:
+        methods: (name, function of images): what may run backbone and heads.
+        heads: The model's.
+        source: Which output is the prediction; None trusts the last output of the first method.
+        views: Crops, V of (N, C, H, W).
+        features: D that predictions must have.
+        global_shape: (C, H, W) of the global crops, for errors about local ones.
+        local_predictor: Stands in for the predictor.
+        concat: Forward all crops as one batch.
+
+    Returns:
+        The method's name, V predictions (N, D) and V projections.
+
+    Raises:
+        RuntimeError: If no method runs the heads, or what comes out is no prediction.
+    """
+    needed = [heads.projector, *heads.modules[1:]]
+    if source is not None and not source.is_predictor:
+        needed = needed[:1]
+    elif source is None and local_predictor is None:
+        needed = needed[:1]
+    for name, method in methods:
+        preds: list[Tensor] = []
+        projs: list[Tensor] = []
+        for batch in [torch.cat(list(views))] if concat else views:
+            with stand_in(heads.predictor, local_predictor), outputs_of(heads.modules, len(views[0])) as ran:
+                out = _sized(method, batch, global_shape)
+            if any(head not in ran for head in needed):
+                break
+            preds += _predictions(out, len(views[0]), batch, ran, heads, source, features)
+            projs += ran[heads.projector]
+        else:
+            return name, preds, projs
+    also = " and predictor" if len(needed) > 1 else ""
+    raise RuntimeError(
+        f"no method of {type(heads.owner).__name__} that LoGo knows runs the projector{also} (tried "
+        f"{[name for name, _ in methods]}). Name the method from images to predictions with online=, or the projector "
+        "with projector=."
+    )
+
+
+def composed(heads: Heads) -> tuple[str, Method]:
+    """Backbone, projector and predictor in turn."""
+
+    def run(images: Tensor) -> Any:
+        out = heads.projector(heads.owner.backbone(images).flatten(start_dim=1))  # type: ignore[operator]
+        return out if heads.predictor is None else heads.predictor(out)
+
+    return "backbone, projector, predictor", run
+
+
+def _sized(method: Method, images: Tensor, global_shape: Sequence[int]) -> Any:
+    try:
+        return method(images)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError) or tuple(images.shape[1:]) == tuple(global_shape or images.shape[1:]):
+            raise
+        raise RuntimeError(
+            f"the online network failed on local crops {tuple(images.shape)}, while global crops are "
+            f"(N, {', '.join(map(str, global_shape))}): {error}. If the backbone takes one size only, use "
+            "local_size=global_size, or build it for other sizes (timm: dynamic_img_size=True for ViT, "
+            "strict_img_size=False for Swin)."
+        ) from error
+
+
+def _predictions(
+    out: Any, rows: int, batch: Tensor, ran: Outputs, heads: Heads, source: Source | None, features: int | None
+) -> Sequence[Tensor]:
+    if source is not None:
+        head = heads.predictor if source.is_predictor and heads.predictor is not None else heads.projector
+        preds = ran[head]
+        return [F.normalize(p, dim=1) for p in preds] if source.normalized else preds
+    pred = out[-1] if isinstance(out, (tuple, list)) else out
+    if not isinstance(pred, Tensor) or pred.ndim != 2 or pred.shape != (len(batch), features or pred.shape[1]):
+        got = tuple(pred.shape) if isinstance(pred, Tensor) else type(pred).__name__
+        raise RuntimeError(
+            f"the online network gave {got} for crops {tuple(batch.shape)}, but the criterion takes predictions "
+            f"({len(batch)}, {features or 'D'}). Name the method from images to predictions with online=."
+        )
+    return torch.split(pred, rows)
+
+
+def _plain(x: Tensor) -> Tensor:
+    return full_precision(x.detach())
+
+
+def _close(first: Tensor, second: Tensor) -> bool:
+    return torch.allclose(first, second, rtol=1e-2, atol=1e-3 * float(second.abs().max()))
