@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from logo_plugin.crops import CropBoxes
 from logo_plugin.online import Heads, Method, Names
-from logo_plugin.wrapped import LoGoModel, join_optimizer, log_terms, logo_step
+from logo_plugin.wrapped import LoGoModel, join_optimizer, logo_step
 
 NAMES = Names(
     projector=("projection_head", "projection_mlp", "projector"),
@@ -46,7 +46,7 @@ class LightlyModel(LoGoModel):
 
     logo_names: ClassVar[Names] = NAMES
 
-    def find_criterion(self) -> str | nn.Module:
+    def find_criterion(self) -> str:
         """`criterion`, or the one loss of lightly's that the model has."""
         losses = [name for name, child in self.named_children() if type(child).__module__.startswith("lightly.loss")]
         for name in losses:
@@ -97,7 +97,9 @@ class LightningModel(LightlyModel):
         rest = [item for item in batch[1:] if item is not boxes]
         own = super().training_step  # type: ignore[misc]
         out, terms = logo_step(self, lambda crops: own(type(batch)([crops, *rest]), *args, **kwargs), views, boxes)
-        log_terms(self, terms, len(views[0]))
+        if terms is not None and _has_trainer(self):
+            logged = {f"logo/{name}": value for name, value in terms._asdict().items() if name != "total"}
+            self.log_dict(logged, batch_size=len(views[0]))  # type: ignore[operator]
         return out
 
     def configure_optimizers(self) -> Any:
@@ -135,6 +137,13 @@ def _optimizers(configured: Any) -> Iterator[torch.optim.Optimizer]:
     elif isinstance(configured, (list, tuple, dict)):
         for item in configured.values() if isinstance(configured, dict) else configured:
             yield from _optimizers(item)
+
+
+def _has_trainer(model: Any) -> bool:
+    try:
+        return model.trainer is not None
+    except (AttributeError, RuntimeError):
+        return False
 
 
 def _describe(batch: Any) -> str:

@@ -176,11 +176,11 @@ def run_online(
     )
 
 
-def composed(heads: Heads, backbone: nn.Module) -> tuple[str, Method]:
+def composed(heads: Heads) -> tuple[str, Method]:
     """Backbone, projector and predictor in turn."""
 
     def run(images: Tensor) -> Any:
-        out = heads.projector(backbone(images).flatten(start_dim=1))
+        out = heads.projector(heads.owner.backbone(images).flatten(start_dim=1))  # type: ignore[operator]
         return out if heads.predictor is None else heads.predictor(out)
 
     return "backbone, projector, predictor", run
@@ -190,9 +190,7 @@ def _sized(method: Method, images: Tensor, global_shape: Sequence[int]) -> Any:
     try:
         return method(images)
     except (RuntimeError, ValueError, AssertionError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError) or tuple(images.shape[1:]) == tuple(
-            global_shape or images.shape[1:]
-        ):
+        if isinstance(error, torch.cuda.OutOfMemoryError) or tuple(images.shape[1:]) == tuple(global_shape or images.shape[1:]):
             raise
         raise RuntimeError(
             f"the online network failed on local crops {tuple(images.shape)}, while global crops are "

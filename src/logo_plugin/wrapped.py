@@ -7,10 +7,8 @@ host's batches hold views, which call is the step and where the optimizer is mad
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -74,7 +72,6 @@ class LoGoModel(nn.Module):
     logo_terms: LoGoTerms | None  # of the last step, detached
     logo_local_proj: list[Tensor] | None  # likewise: what LoGoMonitor measures
     _logo_source: Source | None  # of the criterion's predictions, known after the first step
-    _logo_mutual: bool  # when it was found
     _logo_stepped: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -94,7 +91,7 @@ class LoGoModel(nn.Module):
             method = getattr(settings, option)
             if isinstance(method, str) and not callable(getattr(self, method, None)):
                 raise ValueError(f"{option}={method!r} is not a method of {name}.")
-        heads = self.find_heads(settings.projector)
+        heads = find_heads(self, self.logo_names, settings.projector)
         settings = replace(settings, step=self.find_step(settings, criterion, heads))
         affinity = copy.deepcopy(settings.affinity)
         if affinity == "auto":
@@ -109,14 +106,10 @@ class LoGoModel(nn.Module):
         self.logo_local_predictor = copy.deepcopy(heads.predictor) if settings.local_predictor else None
         self.logo = logo.to(next(self.parameters()).device)
         self.logo_settings, self.logo_terms, self.logo_local_proj = settings, None, None
-        self._logo_source, self._logo_mutual, self._logo_stepped = None, False, False
+        self._logo_source, self._logo_stepped = None, False
 
-    def find_heads(self, projector: str | None) -> Heads:
-        """The model's heads. A host that wraps them in something overrides this."""
-        return find_heads(self, self.logo_names, projector)
-
-    def find_criterion(self) -> str | nn.Module:
-        """The attribute that holds the loss, or the loss. A host whose models call it otherwise overrides this."""
+    def find_criterion(self) -> str:
+        """The attribute that holds the loss. A host whose models call it otherwise overrides this."""
         if isinstance(getattr(self, "criterion", None), nn.Module):
             return "criterion"
         raise ValueError(
@@ -133,23 +126,9 @@ class LoGoModel(nn.Module):
     def check_criterion(self, criterion: nn.Module) -> None:
         """Refuses, when wrapping, a criterion that the host's adapter knows to be none for LoGo."""
 
-    @contextmanager
-    def watching(self) -> Iterator[Callable[[Tensor], Observed]]:
-        """While it lasts, the host's step runs; then its loss goes into what this gives, and out comes what it shows.
-
-        A host whose models call no criterion overrides this.
-        """
-        settings = self.logo_settings
-        criterion = resolve(self, settings.criterion)
-        with watch(criterion) as watched:
-            yield partial(
-                read, watched, criterion=criterion, model=type(self).__name__, target_given=bool(settings.target)
-            )
-
     def online_methods(self, heads: Heads) -> list[tuple[str, Method]]:
         """(name, images -> ...) of what may run backbone and heads, the likeliest first."""
-        backbone = getattr(heads.owner, "backbone", None)
-        return [composed(heads, backbone)] if isinstance(backbone, nn.Module) else []
+        return [composed(heads)] if isinstance(getattr(heads.owner, "backbone", None), nn.Module) else []
 
     def call_logo(self, method: str | Callable[[Tensor], Any], images: Tensor) -> Any:
         """Calls a method given by name or as a function."""
@@ -254,15 +233,16 @@ def logo_step(
     first = not model._logo_stepped
     if first and settings.global_crops is None:
         _warn_of_equal_sizes(views, count)
-    heads = model.find_heads(settings.projector)
-    with model.watching() as observe, outputs_of(heads.modules) as ran:
+    criterion = resolve(model, settings.criterion)
+    heads = find_heads(model, model.logo_names, settings.projector)
+    with watch(criterion) as watched, outputs_of(heads.modules if first else ()) as ran:
         out = _host_step(model, step, global_views) if first else step(global_views)
     if out is None:
         return None, None
     host_loss = out["loss"] if isinstance(out, dict) else out
-    observed = observe(host_loss)
-    if first or observed.mutual != model._logo_mutual:  # NNCLR compares projections until its support set has some
-        model._logo_source, model._logo_mutual = _source(model, observed, ran, heads), observed.mutual
+    observed = read(watched, host_loss, criterion, name, target_given=bool(settings.target))
+    if first:
+        model._logo_source = _source(model, observed, ran, heads, criterion)
     targets = observed.targets
     if settings.target:
         with torch.no_grad():
@@ -300,7 +280,7 @@ def join_optimizer(model: LoGoModel, groups: Iterable[dict[str, Any]]) -> None:
     Not with add_param_group: schedulers built before count the groups.
     """
     groups = list(groups)
-    predictor = model.find_heads(model.logo_settings.projector).predictor
+    predictor = find_heads(model, model.logo_names, model.logo_settings.projector).predictor
     if predictor is not None and model.logo_local_predictor is not None:
         join_groups(groups, predictor, model.logo_local_predictor)
     if model.logo.affinity is None or not groups:
@@ -314,17 +294,6 @@ def join_optimizer(model: LoGoModel, groups: Iterable[dict[str, Any]]) -> None:
             home["param_names"].extend(missing)
 
 
-def log_terms(model: Any, terms: LoGoTerms | None, batch_size: int) -> None:
-    """Logs the terms as `logo/...` where a LightningModule has a trainer."""
-    try:
-        attached = model.trainer is not None
-    except (AttributeError, RuntimeError):
-        return
-    if terms is not None and attached:
-        logged = {f"logo/{name}": value for name, value in terms._asdict().items() if name != "total"}
-        model.log_dict(logged, batch_size=batch_size)
-
-
 def methods_of(model: LoGoModel, heads: Heads) -> list[tuple[str, Method]]:
     """What may run backbone and heads: the user's `online`, what the first step found, or the host's guesses."""
     online = model.logo_settings.online
@@ -336,10 +305,9 @@ def methods_of(model: LoGoModel, heads: Heads) -> list[tuple[str, Method]]:
     return [method for method in methods if method[0] == found] or methods
 
 
-def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads) -> Source | None:
-    """Where the predictions come from, as the step showed, or an error: without that no local ones can be had."""
-    settings = model.logo_settings
-    name = f"{type(resolve(model, settings.criterion)).__name__} of {type(model).__name__}"
+def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads, criterion: nn.Module) -> Source | None:
+    """Where the predictions come from, as the first step showed, or an error: without that no local ones can be had."""
+    name, settings = f"{type(criterion).__name__} of {type(model).__name__}", model.logo_settings
     sources = [source_of(pred, ran, heads) for pred in observed.preds]
     found = [source for source in sources if source is not None]
     if observed.mutual:
@@ -415,9 +383,7 @@ def _check(settings: Settings) -> None:
         raise ValueError(f"step must be a function (model, global views) -> loss, got {settings.step!r}.")
 
 
-def _subclass(
-    mixin: type[LoGoModel], base: type[nn.Module], config: tuple[Settings, dict[str, Any]]
-) -> type[LoGoModel]:
+def _subclass(mixin: type[LoGoModel], base: type[nn.Module], config: tuple[Settings, dict[str, Any]]) -> type[LoGoModel]:
     cls = type(base.__name__, (mixin, base), {"_logo_config": config, "_logo_base": base, "__doc__": base.__doc__})
     cls.__module__, cls.__qualname__ = base.__module__, base.__qualname__
     return cls

@@ -110,10 +110,7 @@ def wrap(
     for name in others:
         raise TypeError(f"wrap(): {unknown_option(name, options)}")
     settings = Settings(**{field.name: options.pop(field.name) for field in fields(Settings)})
-    stable_base = getattr(sys.modules.get("stable_pretraining.module"), "Module", None)
-    if stable_base is not None and issubclass(cls, stable_base):
-        from logo_plugin.adapters.stable_pretraining import StableModel as Mixin
-    elif hasattr(cls, "training_step"):
+    if hasattr(cls, "training_step"):
         from logo_plugin.adapters.lightly import LightningModel as Mixin
     else:
         from logo_plugin.adapters.pytorch import PlainModel as Mixin
