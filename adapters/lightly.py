@@ -6,6 +6,7 @@ runs unchanged on the global crops. Neither lightly nor Lightning is imported.
 
 import inspect
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from logo_plugin.crops import CropBoxes
 from logo_plugin.online import Heads, Method, Names
-from logo_plugin.wrapped import LoGoModel, join_optimizer, logo_step
+from logo_plugin.wrapped import LoGoModel, join_optimizer, log_terms, logo_step
 
 NAMES = Names(
     projector=("projection_head", "projection_mlp", "projector"),
@@ -46,15 +47,15 @@ class LightlyModel(LoGoModel):
 
     logo_names: ClassVar[Names] = NAMES
 
-    def find_criterion(self) -> str:
+    def find_criterion(self) -> str | None:
         """`criterion`, or the one loss of lightly's that the model has."""
         losses = [name for name, child in self.named_children() if type(child).__module__.startswith("lightly.loss")]
         for name in losses:
             self.check_criterion(getattr(self, name))
         if len(losses) > 1:
             raise ValueError(
-                f"{type(self).__name__} has several losses ({', '.join(losses)}), as methods that compare dense maps or "
-                "patches do. LoGo extends one loss of two views (N, D): if one of them is such a loss, name it with "
+                f"{type(self).__name__} has several losses ({', '.join(losses)}), as methods that compare dense maps "
+                "or patches do. LoGo extends one loss of two views (N, D): if one of them is such a loss, name it with "
                 "criterion=; the others then stay as they are, on the global crops."
             )
         return losses[0] if losses else super().find_criterion()
@@ -64,8 +65,8 @@ class LightlyModel(LoGoModel):
         for cls in type(criterion).__mro__:
             if cls.__name__ in _REFUSED:
                 raise ValueError(
-                    f"{type(self).__name__} trains with {cls.__name__}, which {_REFUSED[cls.__name__]} (LoGoLoss can be "
-                    "used directly)."
+                    f"{type(self).__name__} trains with {cls.__name__}, which {_REFUSED[cls.__name__]} (LoGoLoss can "
+                    "be used directly)."
                 )
 
     def online_methods(self, heads: Heads) -> list[tuple[str, Method]]:
@@ -73,7 +74,7 @@ class LightlyModel(LoGoModel):
         methods: list[tuple[str, Method]] = []
         if not takes_two_views(heads.owner):
             names = [name for name in _ONLINE if self._brings(name)][:1]
-            methods = [(name, lambda images, name=name: self.call_logo(name, images)) for name in names]  # type: ignore[misc]
+            methods = [(name, partial(self.call_logo, name)) for name in names]
         return methods + super().online_methods(heads)
 
     def _brings(self, name: str) -> bool:
@@ -97,9 +98,7 @@ class LightningModel(LightlyModel):
         rest = [item for item in batch[1:] if item is not boxes]
         own = super().training_step  # type: ignore[misc]
         out, terms = logo_step(self, lambda crops: own(type(batch)([crops, *rest]), *args, **kwargs), views, boxes)
-        if terms is not None and _has_trainer(self):
-            logged = {f"logo/{name}": value for name, value in terms._asdict().items() if name != "total"}
-            self.log_dict(logged, batch_size=len(views[0]))  # type: ignore[operator]
+        log_terms(self, terms, len(views[0]))
         return out
 
     def configure_optimizers(self) -> Any:
@@ -119,8 +118,8 @@ def views_of(batch: Any, name: str) -> list[Tensor]:
     if not isinstance(views, (list, tuple)) or not all(isinstance(view, Tensor) and view.ndim == 4 for view in views):
         raise ValueError(
             f"{name} expected a batch whose first item is the list of views (N, C, H, W), got {_describe(batch)}. "
-            "Give the data loader collate_fn=MultiCropCollate(...). A method that needs masks or other inputs beside the "
-            "views is not one that LoGo can extend."
+            "Give the data loader collate_fn=MultiCropCollate(...). A method that needs masks or other inputs beside "
+            "the views is not one that LoGo can extend."
         )
     return list(views)
 
@@ -137,13 +136,6 @@ def _optimizers(configured: Any) -> Iterator[torch.optim.Optimizer]:
     elif isinstance(configured, (list, tuple, dict)):
         for item in configured.values() if isinstance(configured, dict) else configured:
             yield from _optimizers(item)
-
-
-def _has_trainer(model: Any) -> bool:
-    try:
-        return model.trainer is not None
-    except (AttributeError, RuntimeError):
-        return False
 
 
 def _describe(batch: Any) -> str:

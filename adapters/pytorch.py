@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from logo_plugin.adapters.lightly import LightlyModel, takes_two_views, views_of
 from torch import Tensor, nn
 
-from logo_plugin.adapters.lightly import LightlyModel, takes_two_views, views_of
 from logo_plugin.observing import is_symmetric, on_a_copy
-from logo_plugin.online import Heads, Method, Source, find_heads, run_online, width
+from logo_plugin.online import Heads, Method, Source, run_online, width
 from logo_plugin.wrapped import Settings, Step, logo_step, methods_of, resolve
 
 _TARGET = ("forward_momentum", "forward_teacher", "forward_key_encoder")
@@ -23,7 +23,7 @@ _STEPS_BEFORE_WARNING = 32
 class PlainModel(LightlyModel):
     """A module whose forward takes the list of views as well as a tensor of images."""
 
-    def find_step(self, settings: Settings, criterion: nn.Module, heads: Heads) -> Step:
+    def find_step(self, settings: Settings, criterion: Any, heads: Heads) -> Step:
         """The user's, or the one that the model's parts and the criterion leave no doubt of."""
         return settings.step or _known_step(self, settings, criterion, heads)
 
@@ -61,7 +61,7 @@ def _known_step(model: PlainModel, settings: Settings, criterion: nn.Module, hea
     bank = getattr(getattr(criterion, "memory_bank", None), "size", (0,))[0] > 0
     target, kind = _target(model, settings), "bank" if bank else _kind(criterion, heads)
     parts = (kind, heads.predictor is not None, target is not None)
-    known = {
+    known: dict[Any, Step] = {
         ("similarity", True, True): _prediction_step,  # BYOL
         ("similarity", True, False): _prediction_step,  # SimSiam
         ("bank", False, True): _queue_step,  # MoCo
@@ -75,15 +75,15 @@ def _known_step(model: PlainModel, settings: Settings, criterion: nn.Module, hea
         raise ValueError(
             f"LoGo cannot tell what your loop computes for {type(model).__name__} with {has}"
             f"{f' and {settings.globals} global crops' if settings.globals != 2 else ''}. Say it: wrap(model, "
-            "criterion=criterion, step=step), where step(model, global_views) returns the loss as your loop computes it, "
-            "calling criterion. Known without are BYOL and SimSiam (predictor, cosine), MoCo (memory bank) and symmetric "
-            "losses of two projections, each with 2 global crops."
+            "criterion=criterion, step=step), where step(model, global_views) returns the loss as your loop computes "
+            "it, calling criterion. Known without are BYOL and SimSiam (predictor, cosine), MoCo (memory bank) and "
+            "symmetric losses of two projections, each with 2 global crops."
         )
     return step
 
 
 def _kind(criterion: nn.Module, heads: Heads) -> str | None:
-    """ "similarity" of each image's pair, "contrast" or statistics over the batch, or None if it is not symmetric."""
+    """A symmetric criterion is a "similarity" of each image's pair or a "contrast" over the batch; others are None."""
     try:
         first, second = torch.randn(2, 8, width(heads.projector), generator=torch.Generator().manual_seed(0)).to(
             next(heads.projector.parameters()).device
@@ -134,7 +134,7 @@ def _two_view_step(model: PlainModel, views: Sequence[Tensor]) -> Tensor:
 
 
 def _online(model: PlainModel, views: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    heads = find_heads(model, model.logo_names, model.logo_settings.projector)
+    heads = model.find_heads(model.logo_settings.projector)
     source = None if model.logo_settings.online else Source(heads.predictor is not None, False)
     methods: list[tuple[str, Method]] = methods_of(model, heads)
     _, preds, projs = run_online(methods, heads, source, views)

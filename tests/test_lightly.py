@@ -662,15 +662,15 @@ class TestErrors:
                 r"list of views .*got list \[tensor \(6, 3, 32, 32\)\]",
             ),
             (hosts.BYOL, {"image": 1}, ValueError, r"list of views .*got dict"),
-            (hosts.BYOL, batch(n=1), ValueError, r"at least 2 images|more than 1 value"),
+            (hosts.BYOL, batch(n=1), RuntimeError, r"BYOL's own step failed .*more than 1 value"),
             (BothCarryGradient, batch(), RuntimeError, r"both carry gradient.*Detach the target.*target="),
             (
                 CriterionUnused,
                 batch(),
                 RuntimeError,
-                r"never called its criterion NegativeCosineSimilarity.*criterion=",
+                r"never called NegativeCosineSimilarity of CriterionUnused.*criterion=",
             ),
-            (LossFromElsewhere, batch(), RuntimeError, r"does not depend on the criterion.*criterion="),
+            (LossFromElsewhere, batch(), RuntimeError, r"does not depend on NegativeCosineSimilarity of.*criterion="),
             (Manual, batch(), RuntimeError, r"manual optimization"),
             (FixedSize, batch(), RuntimeError, r"failed on local crops \(6, 3, 24, 24\).*dynamic_img_size"),
         ],
@@ -680,15 +680,11 @@ class TestErrors:
         with pytest.raises(error, match=message):
             wrapped.training_step(changed, 0)
 
-    def test_without_gradient(self):
-        with torch.no_grad(), pytest.raises(RuntimeError, match="do not carry gradient"):
-            wrap(hosts.BYOL()).training_step(batch(), 0)
-
     def test_each_option_that_an_error_names_helps(self):
-        with pytest.raises(ValueError, match="projector="):
+        with pytest.raises(ValueError, match=r"several losses \(measure, other\).*criterion="):
             wrap(Renamed())
-        with pytest.raises(ValueError, match="criterion="):
-            wrap(Renamed(), projector="head")
+        with pytest.raises(ValueError, match="projector="):
+            wrap(Renamed(), criterion="measure")
         model = wrap(Renamed(), projector="head", criterion="measure")
         with pytest.raises(RuntimeError, match="online="):
             model.training_step(batch(), 0)
@@ -703,9 +699,9 @@ class TestErrors:
             (lambda model: lambda x: None, r"runs the projector.*online=.*projector="),
             (
                 lambda model: lambda x: model.projection_head(model.backbone(x).flatten(1)).mean(),
-                r"gave \(\) for local crops",
+                r"gave \(\) for crops",
             ),
-            (lambda model: lambda x: (model(x), "p"), r"gave str for local crops"),
+            (lambda model: lambda x: (model(x), "p"), r"gave str for crops"),
         ],
     )
     def test_online_that_gives_no_prediction(self, online, message):

@@ -62,7 +62,7 @@ def watch(criterion: nn.Module) -> Iterator[Watched]:
     before = _state(criterion)
     bank = getattr(criterion, "memory_bank", None)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
         calls.append(Call(args, kwargs, value, negatives[0] if negatives else None))
 
@@ -114,7 +114,9 @@ def read(watched: Watched, host_loss: Tensor, criterion: nn.Module, model: str, 
         raise RuntimeError(f"the loss does not depend on {name}, which LoGo observes; name another with criterion=.")
     parts = [_read_call(call, criterion, name, target_given) for _, call in used]
     if len({part.mutual for part in parts}) > 1:
-        raise RuntimeError(f"{name} was called both with and without targets that carry gradient. Use LoGoLoss directly.")
+        raise RuntimeError(
+            f"{name} was called both with and without targets that carry gradient. Use LoGoLoss directly."
+        )
     similarity = parts[-1].similarity
     if used[-1][1].negatives is not None:
         temperature = getattr(criterion, "temperature", None)
@@ -145,7 +147,7 @@ class _Part(NamedTuple):
 
 def _read_call(call: Call, criterion: nn.Module, name: str, target_given: bool) -> _Part:
     """The row of the table of criteria (docs/methods.md) that a call falls into."""
-    given: dict[Key, Any] = {**dict(enumerate(call.args)), **call.kwargs}
+    given: dict[Key, Any] = dict([*enumerate(call.args), *call.kwargs.items()])
     if len(given) == 2 and all(isinstance(a, (tuple, list)) and len(a) == 2 for a in given.values()):
         (z0, p0), (z1, p1) = given.values()
         if all(_is_batch(x) for x in (z0, p0, z1, p1)):
@@ -159,7 +161,9 @@ def _read_call(call: Call, criterion: nn.Module, name: str, target_given: bool) 
             "their own do. LoGo extends a loss of two views; there is no option for this one. Use LoGoLoss directly."
         )
     if len(tensors) != 2 or not all(map(_is_batch, tensors.values())):
-        shapes = ", ".join(f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}" for value in tensors.values())
+        shapes = ", ".join(
+            f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}" for value in tensors.values()
+        )
         raise RuntimeError(
             f"{name} was called with {shapes or 'no tensors'}, and LoGo needs a loss of two views, a prediction (N, D) "
             "and a target (N, D). Name such a loss with criterion=; a method that has none (masks, dense maps, "
@@ -168,8 +172,8 @@ def _read_call(call: Call, criterion: nn.Module, name: str, target_given: bool) 
     keys, carries = list(tensors), [value.requires_grad for value in tensors.values()]
     if not any(carries):
         raise RuntimeError(
-            f"{name} was called with two tensors that do not carry gradient, so LoGo cannot tell the prediction from the "
-            "target. Name the criterion that trains the model with criterion=."
+            f"{name} was called with two tensors that do not carry gradient, so LoGo cannot tell the prediction from "
+            "the target. Name the criterion that trains the model with criterion=."
         )
     if all(carries):
         sides = list(tensors.values())

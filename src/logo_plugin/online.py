@@ -114,7 +114,7 @@ def source_of(pred: Tensor, outputs: Outputs, heads: Heads) -> Source | None:
     """
     given = _plain(pred)
     for head in reversed(heads.modules):
-        blocks = [_plain(b) for out in outputs.get(head, []) if out.ndim == 2 for b in out.split(len(pred))]
+        blocks = [_plain(b) for out in outputs.get(head, []) if out.ndim == 2 for b in torch.split(out, len(pred))]
         for normalized in (False, True):
             known = [F.normalize(b, dim=1) for b in blocks] if normalized else blocks
             if any(b.shape == given.shape and _close(given, b) for b in known):
@@ -152,9 +152,7 @@ def run_online(
         RuntimeError: If no method runs the heads, or what comes out is no prediction.
     """
     needed = [heads.projector, *heads.modules[1:]]
-    if source is not None and not source.is_predictor:
-        needed = needed[:1]
-    elif source is None and local_predictor is None:
+    if not source.is_predictor if source is not None else local_predictor is None:
         needed = needed[:1]
     for name, method in methods:
         preds: list[Tensor] = []
@@ -190,7 +188,9 @@ def _sized(method: Method, images: Tensor, global_shape: Sequence[int]) -> Any:
     try:
         return method(images)
     except (RuntimeError, ValueError, AssertionError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError) or tuple(images.shape[1:]) == tuple(global_shape or images.shape[1:]):
+        if isinstance(error, torch.cuda.OutOfMemoryError) or tuple(images.shape[1:]) == tuple(
+            global_shape or images.shape[1:]
+        ):
             raise
         raise RuntimeError(
             f"the online network failed on local crops {tuple(images.shape)}, while global crops are "

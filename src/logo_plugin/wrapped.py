@@ -7,7 +7,8 @@ host's batches hold views, which call is the step and where the optimizer is mad
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -71,8 +72,7 @@ class LoGoModel(nn.Module):
     logo_settings: Settings
     logo_terms: LoGoTerms | None  # of the last step, detached
     logo_local_proj: list[Tensor] | None  # likewise: what LoGoMonitor measures
-    _logo_source: Source | None  # of the criterion's predictions, known after the first step
-    _logo_stepped: bool
+    _logo_sources: dict[Any, Source | None]  # of the criterion's predictions, by kind of step seen so far
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -85,13 +85,14 @@ class LoGoModel(nn.Module):
             raise ValueError(f"{name} has an attribute 'logo' already, where the affinity goes; rename it.")
         settings, options = self._logo_config
         settings = replace(settings, criterion=settings.criterion or self.find_criterion())
-        criterion = resolve(self, settings.criterion)
-        self.check_criterion(criterion)
+        criterion = None if settings.criterion is None else resolve(self, settings.criterion)
+        if criterion is not None:
+            self.check_criterion(criterion)
         for option in ("online", "target"):
             method = getattr(settings, option)
             if isinstance(method, str) and not callable(getattr(self, method, None)):
                 raise ValueError(f"{option}={method!r} is not a method of {name}.")
-        heads = find_heads(self, self.logo_names, settings.projector)
+        heads = self.find_heads(settings.projector)
         settings = replace(settings, step=self.find_step(settings, criterion, heads))
         affinity = copy.deepcopy(settings.affinity)
         if affinity == "auto":
@@ -106,10 +107,14 @@ class LoGoModel(nn.Module):
         self.logo_local_predictor = copy.deepcopy(heads.predictor) if settings.local_predictor else None
         self.logo = logo.to(next(self.parameters()).device)
         self.logo_settings, self.logo_terms, self.logo_local_proj = settings, None, None
-        self._logo_source, self._logo_stepped = None, False
+        self._logo_sources = {}
 
-    def find_criterion(self) -> str:
-        """The attribute that holds the loss. A host whose models call it otherwise overrides this."""
+    def find_heads(self, projector: str | None) -> Heads:
+        """The projector and predictor; a host that hides them overrides this."""
+        return find_heads(self, self.logo_names, projector)
+
+    def find_criterion(self) -> str | None:
+        """The attribute that holds the loss; None where a host overrides `watch_step` and has no such module."""
         if isinstance(getattr(self, "criterion", None), nn.Module):
             return "criterion"
         raise ValueError(
@@ -117,7 +122,7 @@ class LoGoModel(nn.Module):
             "Name the attribute, or give the module itself, with criterion=."
         )
 
-    def find_step(self, settings: Settings, criterion: nn.Module, heads: Heads) -> Step | None:
+    def find_step(self, settings: Settings, criterion: nn.Module | None, heads: Heads) -> Step | None:
         """The step of a host whose models do not bring one, as (model, global views) -> loss."""
         if settings.step is not None:
             raise ValueError(f"step= is for plain PyTorch loops, and {type(self).__name__} brings its own step.")
@@ -125,6 +130,18 @@ class LoGoModel(nn.Module):
 
     def check_criterion(self, criterion: nn.Module) -> None:
         """Refuses, when wrapping, a criterion that the host's adapter knows to be none for LoGo."""
+
+    @contextmanager
+    def watch_step(self, heads: Heads, outputs: Outputs) -> Iterator[Callable[[Tensor], Observed]]:
+        """While it lasts the host's step runs; then what it gives tells, from the step's loss, what was observed.
+
+        Args:
+            heads: The model's.
+            outputs: What the heads give in the step; for hosts without a criterion to watch.
+        """
+        criterion, given = resolve(self, self.logo_settings.criterion), bool(self.logo_settings.target)
+        with watch(criterion) as watched:
+            yield lambda loss: read(watched, loss, criterion, type(self).__name__, target_given=given)
 
     def online_methods(self, heads: Heads) -> list[tuple[str, Method]]:
         """(name, images -> ...) of what may run backbone and heads, the likeliest first."""
@@ -230,19 +247,19 @@ def logo_step(
         if not isinstance(boxes, CropBoxes):
             raise ValueError("weigh_overlap=True needs the crops' boxes: use MultiCropCollate(return_boxes=True).")
         overlap = crop_overlap(boxes.boxes[count:])
-    first = not model._logo_stepped
+    first = not model._logo_sources
     if first and settings.global_crops is None:
         _warn_of_equal_sizes(views, count)
-    criterion = resolve(model, settings.criterion)
-    heads = find_heads(model, model.logo_names, settings.projector)
-    with watch(criterion) as watched, outputs_of(heads.modules if first else ()) as ran:
+    heads = model.find_heads(settings.projector)
+    with outputs_of(heads.modules) as ran, model.watch_step(heads, ran) as observe:
         out = _host_step(model, step, global_views) if first else step(global_views)
     if out is None:
         return None, None
     host_loss = out["loss"] if isinstance(out, dict) else out
-    observed = read(watched, host_loss, criterion, name, target_given=bool(settings.target))
-    if first:
-        model._logo_source = _source(model, observed, ran, heads, criterion)
+    observed = observe(host_loss)
+    kind = (observed.mutual, len(observed.preds))
+    if kind not in model._logo_sources:
+        model._logo_sources[kind] = _source(model, observed, ran, heads)
     targets = observed.targets
     if settings.target:
         with torch.no_grad():
@@ -250,7 +267,7 @@ def logo_step(
     method, local_pred, local_proj = run_online(
         methods_of(model, heads),
         heads,
-        model._logo_source,
+        model._logo_sources[kind],
         local_views,
         features=observed.preds[0].shape[1],
         global_shape=views[0].shape[1:],
@@ -268,10 +285,21 @@ def logo_step(
         similarity=observed.similarity,
         local_overlap=overlap,
     )
-    model._logo_stepped, model.__dict__["_logo_online"] = True, method
+    model.__dict__["_logo_online"] = method
     model.logo_terms = terms.detach()
     model.logo_local_proj = [z.detach() for z in local_proj]
     return ({**out, "loss": terms.total} if isinstance(out, dict) else terms.total), model.logo_terms
+
+
+def log_terms(model: Any, terms: LoGoTerms | None, batch_size: int) -> None:
+    """Logs `logo/...` where a LightningModule has a Trainer."""
+    try:
+        running = model.trainer is not None
+    except (AttributeError, RuntimeError):
+        running = False
+    if terms is not None and running:
+        logged = {f"logo/{name}": value for name, value in terms._asdict().items() if name != "total"}
+        model.log_dict(logged, batch_size=batch_size)
 
 
 def join_optimizer(model: LoGoModel, groups: Iterable[dict[str, Any]]) -> None:
@@ -280,7 +308,7 @@ def join_optimizer(model: LoGoModel, groups: Iterable[dict[str, Any]]) -> None:
     Not with add_param_group: schedulers built before count the groups.
     """
     groups = list(groups)
-    predictor = find_heads(model, model.logo_names, model.logo_settings.projector).predictor
+    predictor = model.find_heads(model.logo_settings.projector).predictor
     if predictor is not None and model.logo_local_predictor is not None:
         join_groups(groups, predictor, model.logo_local_predictor)
     if model.logo.affinity is None or not groups:
@@ -305,9 +333,11 @@ def methods_of(model: LoGoModel, heads: Heads) -> list[tuple[str, Method]]:
     return [method for method in methods if method[0] == found] or methods
 
 
-def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads, criterion: nn.Module) -> Source | None:
-    """Where the predictions come from, as the first step showed, or an error: without that no local ones can be had."""
-    name, settings = f"{type(criterion).__name__} of {type(model).__name__}", model.logo_settings
+def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads) -> Source | None:
+    """Where the predictions come from, as this step showed, or an error: without that no local ones can be had."""
+    settings = model.logo_settings
+    criterion = "" if settings.criterion is None else f"{type(resolve(model, settings.criterion)).__name__} of "
+    name = f"{criterion}{type(model).__name__}"
     sources = [source_of(pred, ran, heads) for pred in observed.preds]
     found = [source for source in sources if source is not None]
     if observed.mutual:
@@ -315,8 +345,8 @@ def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads, cr
         if not likely or not is_symmetric(observed.similarity, *(pred.detach() for pred in observed.preds[:2])):
             raise RuntimeError(
                 f"{name} was called with two tensors that both carry gradient and that do not play the same part, so "
-                "LoGo cannot tell the prediction from the stop-gradient target. Detach the target before the criterion, "
-                "or name the method that computes targets with target=."
+                "LoGo cannot tell the prediction from the stop-gradient target. Detach the target before the criterion, or "
+                "name the method that computes targets with target=."
             )
     if settings.online is not None:
         return None
@@ -336,9 +366,9 @@ def _host_step(model: LoGoModel, step: Callable[[list[Tensor]], Any], views: lis
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         raise RuntimeError(
-            f"{type(model).__name__}'s own step failed on its {len(views)} global crops, which are all that LoGo gives it "
-            f"({type(error).__name__}: {error}). If it needs other inputs (masks, lists of views, local crops of its own), "
-            "LoGo cannot extend it: use LoGoLoss directly. If it needs more global crops, give global_crops=."
+            f"{type(model).__name__}'s own step failed on its {len(views)} global crops, which are all that LoGo gives "
+            f"it ({type(error).__name__}: {error}). If it needs other inputs (masks, lists of views, local crops of its "
+            "own), LoGo cannot extend it: use LoGoLoss directly. If it needs more global crops, give global_crops=."
         ) from error
 
 
@@ -346,8 +376,8 @@ def _warn_of_equal_sizes(views: Sequence[Tensor], count: int) -> None:
     """32 pixels are CIFAR's, whose local crops are as large as the global ones in the paper."""
     if len({view.shape[-2:] for view in views}) == 1 and max(views[0].shape[-2:]) > 32:
         warnings.warn(
-            f"all {len(views)} views are {views[0].shape[-2]} x {views[0].shape[-1]} pixels; LoGo takes the first {count} "
-            f"for global crops and the others for local ones. Say so with global_crops={count}, or how many are global.",
+            f"all {len(views)} views are {views[0].shape[-2]} x {views[0].shape[-1]} pixels; LoGo takes the first "
+            f"{count} for global crops, the others for local ones. Say so with global_crops={count}, or how many are.",
             stacklevel=3,
         )
 
@@ -383,7 +413,7 @@ def _check(settings: Settings) -> None:
         raise ValueError(f"step must be a function (model, global views) -> loss, got {settings.step!r}.")
 
 
-def _subclass(mixin: type[LoGoModel], base: type[nn.Module], config: tuple[Settings, dict[str, Any]]) -> type[LoGoModel]:
+def _subclass(mixin: type[LoGoModel], base: type[nn.Module], config: tuple[Settings, Any]) -> type[LoGoModel]:
     cls = type(base.__name__, (mixin, base), {"_logo_config": config, "_logo_base": base, "__doc__": base.__doc__})
     cls.__module__, cls.__qualname__ = base.__module__, base.__qualname__
     return cls

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from logo_plugin.wrapped import Settings, attach
+from logo_plugin.wrapped import LoGoModel, Settings, attach
 
 T = TypeVar("T")
 
@@ -111,11 +111,15 @@ def wrap(
         raise TypeError(f"wrap(): {unknown_option(name, options)}")
     settings = Settings(**{field.name: options.pop(field.name) for field in fields(Settings)})
     if hasattr(cls, "training_step"):
-        from logo_plugin.adapters.lightly import LightningModel as Mixin
+        from logo_plugin.adapters.lightly import LightningModel
+
+        mixin: type[LoGoModel] = LightningModel
     else:
-        from logo_plugin.adapters.pytorch import PlainModel as Mixin
+        from logo_plugin.adapters.pytorch import PlainModel
+
+        mixin = PlainModel
     preset = options.pop("preset")
-    return attach(x, Mixin, settings, options, preset)  # type: ignore[no-any-return]
+    return attach(x, mixin, settings, options, preset)  # type: ignore[no-any-return]
 
 
 def unknown_option(name: str, valid: Iterable[str], prefix: str = "") -> str:
