@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from logo_plugin.local_predictor import join_groups
 from logo_plugin.losses import info_nce, negative_cosine
 from logo_plugin.observing import Observed, read_pairs
-from logo_plugin.online import Heads, Method, Names, composed, outputs_of
-from logo_plugin.wrapped import LoGoModel, join_optimizer, log_terms, logo_step, resolve
+from logo_plugin.online import Heads, Method, Names, Outputs, composed, outputs_of
+from logo_plugin.wrapped import LoGoModel, join_optimizer, log_terms, logo_step
 
 _LOSSES = ("byol_loss", "simclr_loss", "vicreg_loss", "barlow_loss", "nnclr_loss")
 _OWN_MULTI_CROP = "has a multi-crop of its own: give it local crops as it takes them. LoGo has nothing to add"
@@ -100,11 +100,11 @@ class StableModel(LoGoModel):
         heads = super().find_heads(projector)
         return Heads(heads.owner, _student(heads.projector), heads.predictor and _student(heads.predictor))
 
-    def find_criterion(self) -> str | nn.Module:
-        """The loss module of the forwards and classes, or what stands for it in a class that has none."""
+    def find_criterion(self) -> str | None:
+        """The loss module of the forwards and classes, or None for a class that has none."""
         method = self._check_method()
-        if method in _WITHOUT_MODULE:
-            return _WITHOUT_MODULE[method](self)
+        if method in _INLINE:
+            return None
         named = dict(self.named_children())
         found = [name for name in named if name in _LOSSES or _of(type(named[name]), "losses")]
         for name in found:
@@ -125,19 +125,22 @@ class StableModel(LoGoModel):
                 raise ValueError(_refusal(f"{type(self).__name__} trains with {cls.__name__}, which", cls.__name__))
 
     @contextmanager
-    def watching(self) -> Iterator[Callable[[Tensor], Observed]]:
+    def watch_step(self, heads: Heads, outputs: Outputs) -> Iterator[Callable[[Tensor], Observed]]:
         """Watches the heads where there is no loss module."""
-        settings = self.logo_settings
-        similarity = resolve(self, settings.criterion)
-        if not isinstance(similarity, _WrittenOut):
-            with super().watching() as observe:
+        if self.logo_settings.criterion is not None:
+            with super().watch_step(heads, outputs) as observe:
                 yield observe
             return
-        heads = self.find_heads(settings.projector)
-        teacher = getattr(self.projector, "teacher", heads.projector)
-        name, check = type(self).__name__, not self._logo_stepped
-        with outputs_of({teacher, *heads.modules}) as ran:
-            yield lambda loss: read_pairs(_crossed(ran, heads, teacher, name), similarity, loss, name, check=check)
+        teacher, name = getattr(self.projector, "teacher", heads.projector), type(self).__name__
+        similarity = partial(_INLINE[self._check_method()], self)
+        with outputs_of([teacher]) as ran:
+            yield lambda loss: read_pairs(
+                _crossed(outputs.get(heads.modules[-1], []), ran.get(teacher, []), name),
+                similarity,
+                loss,
+                name,
+                check=not self._logo_sources,
+            )
 
     def online_methods(self, heads: Heads) -> list[tuple[str, Method]]:
         """The student's backbone, then the heads."""
@@ -158,17 +161,6 @@ class StableModel(LoGoModel):
             )
 
 
-class _WrittenOut(nn.Module):
-    """Stands for the loss of a class that computes it in its forward."""
-
-    def __init__(self, similarity: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.similarity = similarity
-
-    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        return self.similarity(pred, target)
-
-
 def _mocov2(model: Any, pred: Tensor, target: Tensor) -> Tensor:
     # The class appends a batch's keys to its queue before it reads the negatives, and so do local crops.
     return info_nce(pred, target, queue=model.queue.get().T, temperature=model.temperature)
@@ -179,18 +171,17 @@ def _mocov3(model: Any, pred: Tensor, target: Tensor) -> Tensor:
     return host._info_nce(pred, target, model.temperature)  # type: ignore[no-any-return]  # gathers over ranks
 
 
-_WITHOUT_MODULE: dict[str | None, Callable[[Any], nn.Module]] = {
-    "SimSiam": lambda model: _WrittenOut(negative_cosine),
-    "MoCov2": lambda model: _WrittenOut(partial(_mocov2, model)),
-    "MoCov3": lambda model: _WrittenOut(partial(_mocov3, model)),
+_INLINE: dict[str | None, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "SimSiam": lambda _, pred, target: negative_cosine(pred, target),
+    "MoCov2": _mocov2,
+    "MoCov3": _mocov3,
 }
 
 
-def _crossed(ran: Any, heads: Heads, teacher: nn.Module, name: str) -> list[tuple[Tensor, Tensor]]:
+def _crossed(preds: list[Tensor], targets: list[Tensor], name: str) -> list[tuple[Tensor, Tensor]]:
     """(prediction, target of the other view) of one step."""
-    preds = [out for out in ran.get(heads.modules[-1], []) if out.requires_grad]
-    outs = ran.get(teacher, [])
-    targets = [out for out in outs if not out.requires_grad] or outs  # SimSiam detaches its projections later
+    preds = [out for out in preds if out.requires_grad]
+    targets = [out for out in targets if not out.requires_grad] or targets  # SimSiam detaches them later
     if len(preds) != len(targets) or len(preds) not in (1, 2):
         raise RuntimeError(
             f"the step of {name} gave {len(preds)} predictions and {len(targets)} targets, and LoGo needs one or two of "

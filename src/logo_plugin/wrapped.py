@@ -145,7 +145,8 @@ class LoGoModel(nn.Module):
 
     def online_methods(self, heads: Heads) -> list[tuple[str, Method]]:
         """(name, images -> ...) of what may run backbone and heads, the likeliest first."""
-        return [composed(heads)] if isinstance(getattr(heads.owner, "backbone", None), nn.Module) else []
+        backbone = getattr(heads.owner, "backbone", None)
+        return [composed(heads, backbone)] if isinstance(backbone, nn.Module) else []
 
     def call_logo(self, method: str | Callable[[Tensor], Any], images: Tensor) -> Any:
         """Calls a method given by name or as a function."""
