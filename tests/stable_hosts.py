@@ -1,32 +1,36 @@
-"""stable-pretraining's forwards and method classes with small networks, as its benchmarks build them."""
+"""stable-pretraining's forwards and method classes with small networks, built and called as its benchmarks do."""
 
+import itertools
+import os
 import types
+
+os.environ.setdefault("LOGURU_LEVEL", "ERROR")  # it prints a page for every module
 
 import stable_pretraining as spt
 import torch
-from stable_pretraining import forward, methods
+from stable_pretraining import forward, losses, methods
+from stable_pretraining.callbacks.queue import OnlineQueue, OrderedQueue
 from torch import nn
 
-FORWARDS = ("byol", "simclr", "vicreg", "barlow_twins", "nnclr")
-CLASSES = ("BYOL", "SimSiam", "MoCov2", "MoCov3", "SimCLR", "BarlowTwins", "VICReg", "NNCLR")
-SMALL = {
+FORWARDS = {
+    "byol": {"byol_loss": losses.BYOLLoss()},
+    "simclr": {"simclr_loss": losses.NTXEntLoss(temperature=0.3)},
+    "vicreg": {"vicreg_loss": losses.VICRegLoss(sim_coeff=9)},
+    "barlow_twins": {"barlow_loss": losses.BarlowTwinsLoss(lambd=0.01)},
+    "nnclr": {"nnclr_loss": losses.NTXEntLoss(temperature=0.3)},
+}
+CLASSES = {
     "BYOL": {"projector_dims": (24, 16), "predictor_dims": (24, 16)},
     "SimSiam": {"projector_dim": 16, "predictor_hidden_dim": 8},
-    "MoCov2": {"projector_dims": (24, 16), "queue_length": 32},
-    "MoCov3": {"projector_dims": (24, 16), "predictor_hidden_dim": 24},
-    "SimCLR": {"projector_dims": (24, 16)},
+    "MoCov2": {"projector_dims": (24, 16), "queue_length": 32, "temperature": 0.3},
+    "MoCov3": {"projector_dims": (24, 16), "predictor_hidden_dim": 24, "temperature": 0.3},
+    "SimCLR": {"projector_dims": (24, 16), "temperature": 0.3},
     "BarlowTwins": {"projector_dims": (24, 16)},
     "VICReg": {"projector_dims": (24, 16)},
     "NNCLR": {"projector_dims": (24, 16), "queue_length": 32},
 }
-LOSSES = {
-    "byol": ("byol_loss", spt.losses.BYOLLoss),
-    "simclr": ("simclr_loss", spt.losses.NTXEntLoss),
-    "vicreg": ("vicreg_loss", spt.losses.VICRegLoss),
-    "barlow_twins": ("barlow_loss", spt.losses.BarlowTwinsLoss),
-    "nnclr": ("nnclr_loss", spt.losses.NTXEntLoss),
-}
-SGD = {"optimizer": {"type": "SGD", "lr": 0.05}, "scheduler": "ConstantLR"}
+OPTIM = {"optimizer": {"type": "SGD", "lr": 0.05}, "scheduler": "ConstantLR"}
+QUEUE = "nnclr_support_set"
 
 
 def backbone():
@@ -35,50 +39,79 @@ def backbone():
 
 
 def head(*widths):
-    layers = []
-    for before, after in zip(widths, widths[1:], strict=False):
-        layers += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU()]
+    layers = [
+        layer
+        for before, after in itertools.pairwise(widths)
+        for layer in (nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU())
+    ]
     return nn.Sequential(*layers[:-2])
 
 
-def teacher_student(module):
-    return spt.TeacherStudentWrapper(module, base_ema_coefficient=0.9, final_ema_coefficient=0.9)
+def teacher_student(part):
+    return spt.TeacherStudentWrapper(part, base_ema_coefficient=0.9, final_ema_coefficient=0.9)
 
 
-def module(name, optim=SGD):
+def module(name, optim=OPTIM, **others):
     """`spt.Module` around one of the forwards."""
     parts = {"backbone": backbone(), "projector": head(32, 24, 16)}
     if name == "byol":
         parts = {key: teacher_student(part) for key, part in parts.items()}
     if name in ("byol", "nnclr"):
         parts["predictor"] = head(16, 24, 16)
-    attribute, loss = LOSSES[name]
     hparams = {"support_set_size": 32, "projection_dim": 16}
-    return spt.Module(forward=getattr(forward, name), hparams=hparams, optim=optim, **{attribute: loss()}, **parts)
+    parts |= FORWARDS.get(name, {}) | others
+    return spt.Module(forward=getattr(forward, name), hparams=hparams, optim=optim, **parts)
 
 
-def method(name, optim=SGD, cls=None):
-    """One of the method classes; it has no optimizer of its own."""
-    model = (cls or getattr(methods, name))(encoder_name=backbone(), **SMALL[name])
+def method(name, optim=OPTIM, cls=None):
+    """One of the method classes; it has no optimizer of its own, and a forward of two views that no Trainer calls."""
+    model = (cls or getattr(methods, name))(encoder_name=backbone(), **CLASSES[name])
     model.optim = optim
     return model
 
 
-def glued(name, optim=SGD):
-    """A method class with the forward that the benchmarks give it (benchmarks/imagenet10/two_view.py)."""
-    model = method(name, optim)
-    cls = getattr(methods, name)
+def glued(name, optim=OPTIM):
+    """A method class with the forward that benchmarks/imagenet10/two_view.py gives it."""
+    model, cls = method(name, optim), getattr(methods, name)
 
     def fwd(self, batch, stage):
         if "image" in batch:
             return {"embedding": cls.forward(self, batch["image"]).embedding, "label": batch["label"].long()}
-        first, second = batch["views"]
-        output = cls.forward(self, first["image"], second["image"])
+        views = batch["views"] if "views" in batch else list(batch.values())
+        if len(views) != 2:
+            raise ValueError(f"{cls.__name__} expects 2 views, got {len(views)}")
+        output = cls.forward(self, views[0]["image"], views[1]["image"])
         embedding = output.embedding.detach()
-        repeats = max(len(embedding) // len(first["label"]), 1)
-        label = torch.cat([view["label"] for view in batch["views"][:repeats]]).long()
+        repeats = max(len(embedding) // len(views[0]["label"]), 1)
+        label = torch.cat([view["label"] for view in views[:repeats]]).long()
         self.log(f"{stage}/loss", output.loss, on_step=True, on_epoch=True, sync_dist=True)
         return {"loss": output.loss, "embedding": embedding, "label": label}
 
     model.forward = types.MethodType(fwd, model)
     return model
+
+
+def host(name, **options):
+    return module(name, **options) if name in FORWARDS else glued(name, **options)
+
+
+def with_queue(model, filled=0):
+    """Gives the nnclr forward its support set without a Trainer: stable-pretraining's own callback and queue."""
+    callback = OnlineQueue(key=QUEUE, queue_length=32, dim=16)
+    queue = OrderedQueue(32, 16)
+    if filled:
+        queue.append(torch.randn(filled, 16))
+    model.callbacks_modules[f"ordered_queue_{QUEUE}"], model._nnclr_queue_callback = queue, callback
+    return model
+
+
+def loss(model, views):
+    """One training step's loss, the batch made and the support set fed as a Trainer would."""
+    label = torch.arange(len(views[0]))
+    queue = dict(model.callbacks_modules.items()).get(f"ordered_queue_{QUEUE}")
+    OnlineQueue._shared_queues[QUEUE] = queue  # of the class, not of a model
+    out = model({"views": [{"image": view, "label": label} for view in views], "batch_idx": 0}, stage="fit")
+    if queue is not None:
+        with torch.no_grad():
+            queue.append(out[QUEUE].detach())
+    return out["loss"]

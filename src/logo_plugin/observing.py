@@ -166,8 +166,8 @@ def read_pairs(
         off = (of_loss - scale * of_mean).abs().max()
         if not (scale > 0 and off <= 0.05 * of_loss.abs().max()):
             raise RuntimeError(
-                f"the loss of {model} is not the one that LoGo knows of this method: its gradient at the predictions is "
-                "another. Name the loss module with criterion=, or use LoGoLoss directly."
+                f"the loss of {model} is not the one that LoGo knows of this method: its gradient at the predictions "
+                "is another. Name the loss module with criterion=, or use LoGoLoss directly."
             )
     return Observed(scale.to(mean.dtype), mean, len(pairs), preds, False, targets, similarity)
 

@@ -112,9 +112,9 @@ def wrap(
     settings = Settings(**{field.name: options.pop(field.name) for field in fields(Settings)})
     stable_base = getattr(sys.modules.get("stable_pretraining.module"), "Module", None)
     if stable_base is not None and issubclass(cls, stable_base):
-        from logo_plugin.adapters.stable_pretraining import StableModel
+        from logo_plugin.adapters.stable_pretraining.model import mixin_for
 
-        mixin: type[LoGoModel] = StableModel
+        mixin: type[LoGoModel] = mixin_for(cls)
     elif hasattr(cls, "training_step"):
         from logo_plugin.adapters.lightly import LightningModel
 
