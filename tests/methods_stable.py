@@ -23,7 +23,7 @@ def _with_logo(name, filled=0, **options):
     return wrap(stable_hosts.with_queue(model, filled) if name == "nnclr" else model, **options)
 
 
-GATHER = ("simclr", "barlow_twins", "SimCLR", "BarlowTwins", "MoCov3", "nnclr", "NNCLR")  # from all ranks, for the loss
+OF_ONE_RANK = ("byol", "BYOL", "SimSiam", "MoCov2")  # the losses of the others gather from all ranks
 
 
 def case(name, filled=0):
@@ -31,7 +31,7 @@ def case(name, filled=0):
         host=partial(_host, name, filled),
         build=partial(_with_logo, name, filled),
         loss=stable_hosts.loss,
-        shares_batch=name in GATHER,
+        shares_batch=name not in OF_ONE_RANK,
     )
 
 

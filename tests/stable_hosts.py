@@ -1,17 +1,16 @@
 """stable-pretraining's forwards and method classes with small networks, built and called as its benchmarks do."""
 
 import itertools
-import os
 import types
-
-os.environ.setdefault("LOGURU_LEVEL", "ERROR")  # it prints a page for every module
 
 import stable_pretraining as spt
 import torch
+from loguru import logger
 from stable_pretraining import forward, losses, methods
 from stable_pretraining.callbacks.queue import OnlineQueue, OrderedQueue
 from torch import nn
 
+logger.disable("stable_pretraining")  # it prints a page for every module
 FORWARDS = {
     "byol": {"byol_loss": losses.BYOLLoss()},
     "simclr": {"simclr_loss": losses.NTXEntLoss(temperature=0.3)},
