@@ -56,9 +56,22 @@ class LightlyModel(LoGoModel):
             raise ValueError(
                 f"{type(self).__name__} has several losses ({', '.join(losses)}), as methods that compare dense maps "
                 "or patches do. LoGo extends one loss of two views (N, D): if one of them is such a loss, name it with "
-                "criterion=; the others then stay as they are, on the global crops."
+                "criterion= and the projector behind it with projector=; the others then stay as they are."
             )
         return losses[0] if losses else super().find_criterion()
+
+    def find_heads(self, projector: str | None) -> Heads:
+        """As usual, but a model that reconstructs gets no advice to name a projector."""
+        try:
+            return super().find_heads(projector)
+        except ValueError as error:
+            losses = [child for child in self.children() if isinstance(child, (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss))]
+            if projector or not losses:
+                raise
+            raise ValueError(
+                f"{type(self).__name__} has no projector and trains with {type(losses[0]).__name__}, as methods that "
+                "reconstruct images or features do: they compare no two views. LoGo cannot extend it."
+            ) from error
 
     def check_criterion(self, criterion: nn.Module) -> None:
         """Refuses lightly's losses of methods that are none of two views."""

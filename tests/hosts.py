@@ -4,11 +4,21 @@ import copy
 
 import pytorch_lightning as pl
 import torch
-from lightly.loss import NegativeCosineSimilarity, NTXentLoss
+from lightly.loss import (
+    BarlowTwinsLoss,
+    DCLLoss,
+    DCLWLoss,
+    NegativeCosineSimilarity,
+    NTXentLoss,
+    TiCoLoss,
+    VICRegLoss,
+)
 from lightly.models.modules import (
     BYOLPredictionHead,
     BYOLProjectionHead,
     MoCoProjectionHead,
+    NNMemoryBankModule,
+    SimCLRProjectionHead,
     SimSiamPredictionHead,
     SimSiamProjectionHead,
 )
@@ -218,6 +228,112 @@ class FeatureForwardBYOL(BYOL):
         return 0.5 * (self.criterion(p0, self.forward_momentum(x1)) + self.criterion(p1, self.forward_momentum(x0)))
 
 
+class SimCLR(SGD, pl.LightningModule):
+    """Two projections, gradient through both: SimCLR and FDA, and with their losses DCL, Barlow Twins, VICReg."""
+
+    def __init__(self, criterion=NTXentLoss):
+        super().__init__()
+        self.backbone = small_backbone()
+        self.projection_head = SimCLRProjectionHead(32, 24, 16)
+        self.criterion = criterion()
+
+    def forward(self, x):
+        return self.projection_head(self.backbone(x).flatten(start_dim=1))
+
+    def training_step(self, batch, batch_idx):
+        x0, x1 = batch[0]
+        return self.criterion(self.forward(x0), self.forward(x1))
+
+
+class BarlowTwins(SimCLR):
+    def __init__(self):
+        super().__init__(BarlowTwinsLoss)
+
+
+class DCL(SimCLR):
+    def __init__(self):
+        super().__init__(DCLLoss)
+
+
+class DCLW(SimCLR):
+    def __init__(self):
+        super().__init__(DCLWLoss)
+
+
+class BenchmarkVICReg(SimCLR):
+    """As benchmarks/imagenet: both views in one batch, the loss called by keywords."""
+
+    def __init__(self):
+        super().__init__(VICRegLoss)
+
+    def forward(self, x):
+        return self.backbone(x)
+
+    def training_step(self, batch, batch_idx):
+        z_a, z_b = self.projection_head(self.forward(torch.cat(batch[0])).flatten(start_dim=1)).chunk(2)
+        return 2 * self.criterion(z_a=z_a, z_b=z_b)
+
+
+class NNCLR(SimSiam):
+    def __init__(self):
+        super().__init__()
+        self.memory_bank = NNMemoryBankModule(size=(64, 16))
+        self.criterion = NTXentLoss()
+
+    def training_step(self, batch, batch_idx):
+        x0, x1 = batch[0]
+        (z0, p0), (z1, p1) = self.forward(x0), self.forward(x1)
+        z0 = self.memory_bank(z0, update=False)
+        z1 = self.memory_bank(z1, update=True)
+        return 0.5 * (self.criterion(z0, p1) + self.criterion(z1, p0))
+
+
+class FastSiam(SimSiam):
+    """Each prediction against the mean of the other views' projections."""
+
+    def training_step(self, batch, batch_idx):
+        views = batch[0]
+        zs, ps = zip(*(self.forward(view) for view in views), strict=True)
+        others = [torch.stack([z for j, z in enumerate(zs) if j != i]).mean(0) for i in range(len(views))]
+        return sum(self.criterion(p, z) / len(views) for p, z in zip(ps, others, strict=True))
+
+
+class TiCo(SGD, Momentum, pl.LightningModule):
+    """Its loss keeps a moving covariance, an attribute that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = small_backbone()
+        self.projection_head = BYOLProjectionHead(32, 24, 16)
+        self.copy_momentum()
+        self.criterion = TiCoLoss()
+
+    def forward(self, x):
+        return self.projection_head(self.backbone(x).flatten(start_dim=1))
+
+    def training_step(self, batch, batch_idx):
+        self.update()
+        x0, x1 = batch[0]
+        return self.criterion(self.forward(x0), self.forward_momentum(x1))
+
+
+class NormalizedBYOL(BYOL):
+    """The step normalises by hand what a plain squared error compares."""
+
+    def __init__(self):
+        super().__init__()
+        self.criterion = nn.MSELoss()
+
+    def training_step(self, batch, batch_idx):
+        self.update()
+        x0, x1 = batch[0]
+        p0, p1, z0, z1 = (
+            nn.functional.normalize(part, dim=1)
+            for part in (self(x0), self(x1), self.forward_momentum(x0), self.forward_momentum(x1))
+        )
+        return self.criterion(p0, z1) + self.criterion(p1, z0)
+
+
 LIGHTNING = {
     "byol": BYOL,
     "moco": MoCo,
@@ -226,6 +342,15 @@ LIGHTNING = {
     "benchmark moco": BenchmarkMoCo,
     "tutorial moco": TutorialMoCo,
     "feature forward byol": FeatureForwardBYOL,
+    "simclr": SimCLR,
+    "barlow twins": BarlowTwins,
+    "dcl": DCL,
+    "dclw": DCLW,
+    "benchmark vicreg": BenchmarkVICReg,
+    "nnclr": NNCLR,
+    "fastsiam": FastSiam,
+    "tico": TiCo,
+    "normalized byol": NormalizedBYOL,
 }
 
 
@@ -274,8 +399,49 @@ class PlainSimSiam(nn.Module):
         return 0.5 * (criterion(z0, p1) + criterion(z1, p0))
 
 
+class PlainSimCLR(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = small_backbone()
+        self.projection_head = SimCLRProjectionHead(32, 24, 16)
+
+    def forward(self, x):
+        return self.projection_head(self.backbone(x).flatten(start_dim=1))
+
+    def host_loss(self, criterion, x0, x1):
+        return criterion(self(x0), self(x1))
+
+
+class PlainTiCo(PlainMoCo):
+    pass
+
+
+class PlainNNCLR(PlainSimSiam):
+    def __init__(self):
+        super().__init__()
+        self.memory_bank = NNMemoryBankModule(size=(64, 16))
+
+    def host_loss(self, criterion, x0, x1):
+        (z0, p0), (z1, p1) = self(x0), self(x1)
+        z0, z1 = self.memory_bank(z0, update=False), self.memory_bank(z1, update=True)
+        return 0.5 * (criterion(z0, p1) + criterion(z1, p0))
+
+
+def own_step(model, views):
+    """A loop's step, said with step=."""
+    return model.host_loss(model.criterion, *views)
+
+
 PLAIN = {
     "byol": (PlainBYOL, NegativeCosineSimilarity),
     "moco": (PlainMoCo, lambda: NTXentLoss(temperature=0.1, memory_bank_size=(64, 16))),
     "simsiam": (PlainSimSiam, NegativeCosineSimilarity),
+    "simclr": (PlainSimCLR, NTXentLoss),
+    "barlow twins": (PlainSimCLR, BarlowTwinsLoss),
+    "vicreg": (PlainSimCLR, VICRegLoss),
+    "dcl": (PlainSimCLR, DCLLoss),
+}
+SAID = {  # their loops' steps cannot be told from model and criterion
+    "nnclr": (PlainNNCLR, NTXentLoss),
+    "tico": (PlainTiCo, TiCoLoss),
 }

@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:Memory bank size:UserWarning"),
+    pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning"),  # DCLWLoss
     pytest.mark.filterwarnings("ignore:(The high-level building block|SymNegCosine):Warning"),
 ]
 STYLES = pytest.mark.parametrize("cls", hosts.LIGHTNING.values(), ids=hosts.LIGHTNING)
@@ -83,7 +84,7 @@ def lightning_optimizer(model):
 
 
 def plain_host(method):
-    cls, make_criterion = hosts.PLAIN[method]
+    cls, make_criterion = (hosts.PLAIN | hosts.SAID)[method]
     model = cls()
     model.criterion = make_criterion()  # with the model, so that the memory bank travels with it
     return model
@@ -91,7 +92,8 @@ def plain_host(method):
 
 def plain_build(method, **options):
     model = plain_host(method)
-    return wrap(model, criterion=model.criterion, **options)
+    step = {"step": hosts.own_step} if method in hosts.SAID else {}
+    return wrap(model, criterion=model.criterion, **step, **options)
 
 
 def plain_loss(model, views):
@@ -103,7 +105,7 @@ CONTRACT = {
     for name, cls in hosts.LIGHTNING.items()
 } | {
     f"plain {name}": AdapterCase(host=partial(plain_host, name), build=partial(plain_build, name), loss=plain_loss)
-    for name in hosts.PLAIN
+    for name in hosts.PLAIN | hosts.SAID
 }
 
 

@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You are trying to `self.log"),
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
@@ -161,11 +162,12 @@ class TestEachMethod:
         assert all(value.isfinite() for key, value in logged.items() if key.startswith(("logo", "fit")))
 
 
-class TestOptimizers:
-    DECAYED = {"type": "SGD", "lr": 0.05, "weight_decay": 0.1}
-    HEADS = {"modules": "projector|predictor", "optimizer": DECAYED, "scheduler": "ConstantLR"}
-    BACKBONE = {"modules": "backbone", "optimizer": {"type": "SGD", "lr": 0.01}, "scheduler": "ConstantLR"}
+DECAYED = {"type": "SGD", "lr": 0.05, "weight_decay": 0.1}
+HEADS = {"modules": "projector|predictor", "optimizer": DECAYED, "scheduler": "ConstantLR"}
+BACKBONE = {"modules": "backbone", "optimizer": {"type": "SGD", "lr": 0.01}, "scheduler": "ConstantLR"}
 
+
+class TestOptimizers:
     def homes(self, model, optim, probe=False):
         """How often each of the affinity's parameters is in each optimizer's groups, and with which weight decay."""
         model.optim = optim
@@ -187,33 +189,33 @@ class TestOptimizers:
 
     @pytest.mark.parametrize("probe", [False, True])
     def test_one_optimizer_has_it(self, probe):
-        optim = {"optimizer": self.DECAYED, "scheduler": "ConstantLR"}
+        optim = {"optimizer": DECAYED, "scheduler": "ConstantLR"}
         assert self.homes(wrap(stable_hosts.module("byol")), optim, probe) == [(0, 0.1, True)]
 
     def test_without_weight_decay_where_a_group_has_none(self):
-        optim = {"optimizer": {**self.DECAYED, "exclude_bias_norm": True}, "scheduler": "ConstantLR"}
+        optim = {"optimizer": {**DECAYED, "exclude_bias_norm": True}, "scheduler": "ConstantLR"}
         assert self.homes(wrap(stable_hosts.module("byol")), optim) == [(0, 0.0, True)]
 
     def test_joins_the_projectors_optimizer_not_the_probes(self):
-        optim = {"backbone": self.BACKBONE, "heads": self.HEADS}
+        optim = {"backbone": BACKBONE, "heads": HEADS}
         assert self.homes(wrap(stable_hosts.module("byol")), optim, probe=True) == [(1, 0.1, True)]
 
     def test_stays_where_a_regex_puts_it(self):
         logo = {"modules": "logo", "optimizer": {"type": "Adam", "lr": 0.001}, "scheduler": "ConstantLR"}
-        optim = {"backbone": self.BACKBONE, "heads": self.HEADS, "logo": logo}
+        optim = {"backbone": BACKBONE, "heads": HEADS, "logo": logo}
         assert self.homes(wrap(stable_hosts.module("byol")), optim) == [(2, 0, True)]
 
     def test_no_optimizer_for_the_projector(self):
         model = wrap(stable_hosts.module("byol"))
         with pytest.raises(ValueError, match=r"no optimizer of Module has its projector.*widen the regex 'modules'"):
-            self.homes(model, {"backbone": self.BACKBONE})
+            self.homes(model, {"backbone": BACKBONE})
 
     def test_a_local_predictor_joins_the_predictor(self):
         model = wrap(stable_hosts.module("byol"), local_predictor=True)
         weight = model.logo_local_predictor[0].weight.detach().clone()
-        heads = {**self.HEADS, "modules": "projector"}
-        predictor = {**self.HEADS, "modules": "predictor"}
-        model.optim = {"backbone": self.BACKBONE, "heads": heads, "predictor": predictor}
+        heads = {**HEADS, "modules": "projector"}
+        predictor = {**HEADS, "modules": "predictor"}
+        model.optim = {"backbone": BACKBONE, "heads": heads, "predictor": predictor}
         run = fit(model, Views(4), max_steps=2)
         held = [{id(p) for g in o.param_groups for p in g["params"]} for o in run.optimizers]
         assert [{id(p) for p in model.logo_local_predictor.parameters()} <= ids for ids in held] == [False, False, True]
@@ -344,8 +346,8 @@ class TestCheckpoints:
                 model, added = build()
 
                 class Seed(pl.Callback):  # the affinity's negatives are drawn
-                    def on_train_epoch_start(self, trainer, pl_module):
-                        torch.manual_seed(trainer.current_epoch)
+                    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                        torch.manual_seed(trainer.global_step)
 
                 run = fit(model, Views(4), [*added, Seed()], ckpt_path=path, max_epochs=epochs)
                 path = tmp_path / f"{epochs}.ckpt"
@@ -445,5 +447,5 @@ class TestRefusals:
 
     def test_a_backbone_of_one_size(self):
         backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 32))
-        with pytest.raises(RuntimeError, match="failed on local crops .*local_size=global_size"):
+        with pytest.raises(RuntimeError, match=r"failed on local crops .*local_size=global_size"):
             wrap(stable_hosts.module("simclr", backbone=backbone))(batch(), stage="fit")

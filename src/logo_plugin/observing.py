@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from logo_plugin.affinity import full_precision
+from logo_plugin.compiling import eager
 from logo_plugin.losses import Similarity, info_nce
 
 Key = int | str  # of an argument: its position or its name
@@ -63,7 +64,7 @@ def watch(criterion: nn.Module) -> Iterator[Watched]:
     before = _state(criterion)
     bank = getattr(criterion, "memory_bank", None)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @eager
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
         calls.append(Call(args, kwargs, value, negatives[0] if negatives else None))
 
@@ -85,6 +86,7 @@ def watch(criterion: nn.Module) -> Iterator[Watched]:
         yield Watched(calls, lambda: _changed(criterion, before))
 
 
+@eager
 def read(watched: Watched, host_loss: Tensor, criterion: nn.Module, model: str, *, target_given: bool) -> Observed:
     """What the calls say; those that the loss does not depend on say nothing.
 
@@ -138,6 +140,7 @@ def read(watched: Watched, host_loss: Tensor, criterion: nn.Module, model: str, 
     )
 
 
+@eager
 def read_pairs(
     pairs: Sequence[tuple[Tensor, Tensor]], similarity: Similarity, host_loss: Tensor, model: str, *, check: bool
 ) -> Observed:
@@ -200,9 +203,9 @@ def _read_call(call: Call, criterion: nn.Module, name: str, target_given: bool) 
             f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}" for value in tensors.values()
         )
         raise RuntimeError(
-            f"{name} was called with {shapes or 'no tensors'}, and LoGo needs a loss of two views, a prediction (N, D) "
-            "and a target (N, D). Name such a loss with criterion=; a method that has none (masks, dense maps, "
-            "prototypes) is not one that LoGo can extend."
+            f"{name} was called with {shapes or 'no tensors'}, and LoGo extends losses of two views, a prediction "
+            "(N, D) and a target (N, D): masks, dense maps, prototypes and labels are beyond it. If the model has a loss "
+            "of two views beside this one, name it with criterion=."
         )
     keys, carries = list(tensors), [value.requires_grad for value in tensors.values()]
     if not any(carries):
@@ -219,6 +222,7 @@ def _read_call(call: Call, criterion: nn.Module, name: str, target_given: bool) 
     return _Part([tensors[keys[0]]], False, [tensors[keys[1]].detach()], 1, _repeat(criterion, call, *keys))
 
 
+@eager
 def is_symmetric(similarity: Similarity, first: Tensor, second: Tensor) -> bool:
     """Whether the order of the two views makes no difference, on these (N, D)."""
     with torch.no_grad():

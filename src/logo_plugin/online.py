@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logo_plugin.affinity import full_precision
+from logo_plugin.compiling import eager, eager_frame
 from logo_plugin.local_predictor import stand_in
 
 Outputs = dict[nn.Module, list[Tensor]]
@@ -62,8 +63,7 @@ def find_heads(model: nn.Module, names: Names, projector: str | None = None) -> 
                 return Heads(owner, getattr(owner, name), predictor)
     raise ValueError(
         f"{type(model).__name__} has no {' / '.join(wanted)}, whose output the affinity compares. If it compares "
-        "projections (N, D) of two views, name its projector with projector='...'; a method without projector (masked "
-        "images, dense maps) is not one that LoGo can extend."
+        "projections (N, D) of two views, name its projector with projector='...'; else LoGo cannot extend it."
     )
 
 
@@ -89,6 +89,7 @@ def outputs_of(modules: Iterable[nn.Module], pieces: int = 0) -> Iterator[Output
     """
     found: Outputs = {}
 
+    @eager
     def remember(module: nn.Module, _: Any, out: Any) -> Any:
         if not isinstance(out, Tensor):
             return out
@@ -104,6 +105,7 @@ def outputs_of(modules: Iterable[nn.Module], pieces: int = 0) -> Iterator[Output
         yield found
 
 
+@eager
 def source_of(pred: Tensor, outputs: Outputs, heads: Heads) -> Source | None:
     """Which head gave the criterion a prediction, None if none did.
 
@@ -122,6 +124,7 @@ def source_of(pred: Tensor, outputs: Outputs, heads: Heads) -> Source | None:
     return None
 
 
+@eager_frame
 def run_online(
     methods: Sequence[tuple[str, Method]],
     heads: Heads,

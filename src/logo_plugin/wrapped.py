@@ -5,6 +5,7 @@ host's batches hold views, which call is the step and where the optimizer is mad
 """
 
 import copy
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from logo_plugin.affinity import Affinity
+from logo_plugin.compiling import eager_frame, gradients_inside
 from logo_plugin.crops import CropBoxes, crop_overlap
 from logo_plugin.local_predictor import join_groups
 from logo_plugin.losses import LoGoLoss, LoGoTerms, with_preset
@@ -81,6 +83,8 @@ class LoGoModel(nn.Module):
     def attach_logo(self) -> None:
         """Builds what LoGo adds to the model; raises before anything is added."""
         name = type(self).__name__
+        if isinstance(self, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            raise ValueError(f"{name} runs all that it holds, LoGo's part too; put it into a module of your own.")
         if hasattr(self, "logo"):
             raise ValueError(f"{name} has an attribute 'logo' already, where the affinity goes; rename it.")
         settings, options = self._logo_config
@@ -213,6 +217,7 @@ def mixin_of(cls: type) -> type[LoGoModel]:
     return cls.__mro__[1]
 
 
+@eager_frame
 def logo_step(
     model: LoGoModel, step: Callable[[list[Tensor]], Any], views: Sequence[Tensor], boxes: CropBoxes | None = None
 ) -> tuple[Any, LoGoTerms | None]:
@@ -233,6 +238,14 @@ def logo_step(
         ValueError: If views or boxes are missing.
         RuntimeError: If the step is none that LoGo can extend; it says why, before any parameter has changed.
     """
+    with gradients_inside():
+        return _logo_step(model, step, views, boxes)
+
+
+@eager_frame
+def _logo_step(
+    model: LoGoModel, step: Callable[[list[Tensor]], Any], views: Sequence[Tensor], boxes: CropBoxes | None
+) -> tuple[Any, LoGoTerms | None]:
     settings, name = model.logo_settings, type(model).__name__
     count = settings.globals
     global_views, local_views = list(views[:count]), list(views[count:])
@@ -345,9 +358,9 @@ def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads) ->
         likely = len(set(sources)) == 1 or settings.target is not None
         if not likely or not is_symmetric(observed.similarity, *(pred.detach() for pred in observed.preds[:2])):
             raise RuntimeError(
-                f"{name} was called with two tensors that both carry gradient and that do not play the same part, so "
-                "LoGo cannot tell the prediction from the stop-gradient target. Detach the target before the criterion, or "
-                "name the method that computes targets with target=."
+                f"{name} was called with two tensors that both carry gradient and do not play the same part, so LoGo "
+                "cannot tell the prediction from the target. Detach the target before the criterion, or name the "
+                "method that computes targets with target=."
             )
     if settings.online is not None:
         return None
@@ -368,8 +381,8 @@ def _host_step(model: LoGoModel, step: Callable[[list[Tensor]], Any], views: lis
             raise
         raise RuntimeError(
             f"{type(model).__name__}'s own step failed on its {len(views)} global crops, which are all that LoGo gives "
-            f"it ({type(error).__name__}: {error}). If it needs other inputs (masks, lists of views, local crops of its "
-            "own), LoGo cannot extend it: use LoGoLoss directly. If it needs more global crops, give global_crops=."
+            f"it ({type(error).__name__}: {error}). If it needs other inputs (masks, lists of views, own local crops), "
+            "LoGo cannot extend it: use LoGoLoss directly. If it needs more global crops, give global_crops=."
         ) from error
 
 
@@ -415,7 +428,13 @@ def _check(settings: Settings) -> None:
 
 
 def _subclass(mixin: type[LoGoModel], base: type[nn.Module], config: tuple[Settings, Any]) -> type[LoGoModel]:
-    cls = type(base.__name__, (mixin, base), {"_logo_config": config, "_logo_base": base, "__doc__": base.__doc__})
+    def init(self: LoGoModel, *args: Any, **kwargs: Any) -> None:
+        LoGoModel.__init__(self, *args, **kwargs)
+
+    # load_from_checkpoint passes only what the signature names.
+    init.__signature__ = inspect.signature(base.__init__)  # type: ignore[attr-defined]
+    content = {"_logo_config": config, "_logo_base": base, "__init__": init, "__doc__": base.__doc__}
+    cls = type(base.__name__, (mixin, base), content)
     cls.__module__, cls.__qualname__ = base.__module__, base.__qualname__
     return cls
 
