@@ -10,7 +10,8 @@ from stable_pretraining import forward, losses, methods
 from stable_pretraining.callbacks.queue import OnlineQueue, OrderedQueue
 from torch import nn
 
-logger.disable("stable_pretraining")  # it prints a page for every module
+logger.disable("stable_pretraining")  # it prints a page for every module, and lists all packages in every run
+spt.set(default_callbacks={"env_dump": False, "progress_bar": False})
 FORWARDS = {
     "byol": {"byol_loss": losses.BYOLLoss()},
     "simclr": {"simclr_loss": losses.NTXEntLoss(temperature=0.3)},
