@@ -176,6 +176,10 @@ def checkpoint(case):
     for name, buffer in other.named_buffers():
         if name in unsaved:
             buffer.data = model.get_buffer(name).clone()
+    for module, twin in zip(model.modules(), other.modules(), strict=True):  # TiCoLoss' covariance is no buffer
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                setattr(twin, name, value.clone())
     for i in (1, 2):
         expected, _ = step(case, model, views(i))
         loss, _ = step(case, other, views(i))

@@ -4,10 +4,12 @@ From the calls come the targets, the scale of the loss, and the similarity that 
 called once more as the host called it, with a local crop's prediction in the place of the host's.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -60,30 +62,49 @@ class Observed(NamedTuple):
 def watch(criterion: nn.Module) -> Iterator[Watched]:
     """While it lasts, the criterion's calls are recorded."""
     calls: list[Call] = []
-    negatives: list[Tensor] = []
     before = _state(criterion)
     bank = getattr(criterion, "memory_bank", None)
+    recorder = _recorder(bank) if isinstance(bank, nn.Module) else None
 
     @eager
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
-        calls.append(Call(args, kwargs, value, negatives[0] if negatives else None))
+        calls.append(Call(args, kwargs, value, recorder.negatives[0] if recorder and recorder.negatives else None))
 
     with ExitStack() as stack:
         stack.callback(criterion.register_forward_hook(record, with_kwargs=True).remove)
-        if isinstance(bank, nn.Module):
+        if recorder:
             # A loss may call memory_bank.forward itself, past any hook. Its answer to the first call are the negatives
             # of this step, before any of this step's keys is among them.
-            query = bank.forward
-
-            def remember(*args: Any, **kwargs: Any) -> Any:
-                output, bank_negatives = query(*args, **kwargs)
-                if bank_negatives is not None:
-                    negatives.append(bank_negatives)
-                return output, bank_negatives
-
-            bank.__dict__["forward"] = remember
-            stack.callback(bank.__dict__.pop, "forward")
+            stack.callback(recorder.negatives.clear)
+            stack.callback(vars(bank).pop, "forward")
+            vars(bank)["forward"] = recorder.forward
         yield Watched(calls, lambda: _changed(criterion, before))
+
+
+class _Recorder(NamedTuple):
+    forward: Callable[..., Any]
+    negatives: list[Tensor]
+
+
+_RECORDERS: WeakKeyDictionary[nn.Module, _Recorder] = WeakKeyDictionary()
+
+
+def _recorder(bank: nn.Module) -> _Recorder:
+    """One for each memory bank: torch.compile would compile anew for every new function."""
+    if bank not in _RECORDERS:
+        negatives: list[Tensor] = []
+        this = weakref.ref(bank)
+
+        @eager
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            itself: Any = this()
+            output, found = type(itself).forward(itself, *args, **kwargs)
+            if found is not None:
+                negatives.append(found)
+            return output, found
+
+        _RECORDERS[bank] = _Recorder(forward, negatives)
+    return _RECORDERS[bank]
 
 
 @eager
@@ -204,8 +225,8 @@ def _read_call(call: Call, criterion: nn.Module, name: str, target_given: bool) 
         )
         raise RuntimeError(
             f"{name} was called with {shapes or 'no tensors'}, and LoGo extends losses of two views, a prediction "
-            "(N, D) and a target (N, D): masks, dense maps, prototypes and labels are beyond it. If the model has a loss "
-            "of two views beside this one, name it with criterion=."
+            "(N, D) and a target (N, D): masks, dense maps, prototypes and labels are beyond it. If the model has a "
+            "loss of two views beside this one, name it with criterion=."
         )
     keys, carries = list(tensors), [value.requires_grad for value in tensors.values()]
     if not any(carries):
