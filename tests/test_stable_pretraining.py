@@ -2,6 +2,7 @@
 
 import copy
 import types
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ import stable_pretraining as spt
 import torch
 import torchmetrics
 from adapter_contract import CHECKS, check_two_ranks, same, seeded, step, views
+from logo_plugin.adapters.lightning import LoGoMonitor
 from methods_stable import CASES
 from photos import tiles
 from stable_pretraining import callbacks, forward, methods
@@ -107,8 +109,10 @@ def test_contract(name, check):
 
 
 def test_two_ranks(tmp_path):
-    # With an empty support set nnclr leaves its predictor unused, which DDP refuses, with or without LoGo.
-    cases = {**CASES, "nnclr": methods_stable.case("nnclr", filled=16)}
+    # One for each loss and target. With an empty support set nnclr leaves its predictor unused, which DDP refuses, with
+    # or without LoGo.
+    cases = {name: CASES[name] for name in ("byol", "simclr", "vicreg", "barlow_twins", "SimSiam", "MoCov2", "MoCov3")}
+    cases["nnclr"] = methods_stable.case("nnclr", filled=16)
     buffers = check_two_ranks(cases, tmp_path)
     first, second = buffers["MoCov2"]
     assert torch.equal(first["queue.pointer"], second["queue.pointer"])
@@ -330,6 +334,15 @@ class TestOutsideTraining:
             fit(model, Views(4), added)
             found.append(parameters(model))
         same(*found, "parameter", rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_monitor(named, tmp_path):
+    logger = pl.pytorch.loggers.CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    model = wrap(stable_hosts.module("byol"))
+    fit(model, Views(4, named=named), [LoGoMonitor(every_n_steps=1)], logger=logger)
+    assert (Path(logger.log_dir) / "logo_crops" / "epoch_0000.png").exists()
+    assert "logo/embedding_std" in (Path(logger.log_dir) / "metrics.csv").read_text()
 
 
 class TestCheckpoints:
