@@ -7,7 +7,7 @@ comma := ,
 # stable-pretraining brings 30 packages more: make test STABLE=1
 EXTRAS := test$(if $(SOLO_LEARN_ROOT),$(comma)solo)$(if $(STABLE),$(comma)stable)
 
-.PHONY: demo test lint docs notebooks clean
+.PHONY: demo test lint docs notebooks soak clean
 
 demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -30,6 +30,11 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml src/logo_plugin/__init__.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'
 	touch $@
+
+# Ten times the examples of the property tests, then long runs: memory, hooks, bad files. Not part of `make test`.
+soak: $(VENV)/.installed-test
+	HYPOTHESIS_EXAMPLES=20000 $(BIN)/python -m pytest -q tests/test_properties.py
+	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist demo_output src/*.egg-info

@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logo_plugin.affinity import Affinity, full_precision
-from logo_plugin.losses import LoGoLoss, LoGoTerms, _choice, info_nce
+from logo_plugin.checks import choice, positive_integer
+from logo_plugin.losses import LoGoLoss, LoGoTerms, info_nce
 from logo_plugin.modes import eval_mode
 from logo_plugin.wrapping import unknown_option
 
+_BELOW = {"momentum": 1.0, "temperature": math.inf}
 # The papers': BYOL arXiv 2006.07733, SimSiam 2011.10566, MoCo v2 2003.04297.
 _METHODS: dict[str, dict[str, Any]] = {
     "byol": {"hidden_dim": 4096, "output_dim": 256, "predictor_dim": 4096, "momentum": 0.996},
@@ -46,8 +49,8 @@ class LoGoLearner(nn.Module):
             too, for schedules), `temperature`, `queue_size` (moco 0.2, 65536).
 
     Raises:
-        TypeError: If an option is none of `LoGoLoss` or the method.
-        ValueError: If an option is out of its range, or the backbone can't take `image_size`.
+        TypeError: If an option is none of `LoGoLoss` or the method, or the backbone no module.
+        ValueError: If an option is out of its range, or the backbone can't take `image_size`, or has no values.
     """
 
     def __init__(
@@ -61,15 +64,22 @@ class LoGoLearner(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        _choice("method", method, tuple(_METHODS))
+        choice("method", method, tuple(_METHODS))
+        _check_backbone(backbone)
+        positive_integer("global_crops", global_crops, least=2)
+        if isinstance(affinity, str) and affinity != "auto":
+            raise ValueError(f'affinity must be "auto", a module such as Affinity(dim), or None, got {affinity!r}.')
         own = _METHODS[method]
         valid = own.keys() | inspect.signature(LoGoLoss).parameters.keys() - {"similarity"}
         for name in options.keys() - valid:
             raise TypeError(f"LoGoLearner(method={method!r}): {unknown_option(name, valid)}")
         chosen: dict[str, Any] = {name: options.pop(name, default) for name, default in own.items()}
         for name, value in chosen.items():
-            if not (0 < value < 1 if name == "momentum" else value > 0):
-                raise ValueError(f"{name} is out of its range, got {value!r}; the default is {own[name]}.")
+            if name not in _BELOW:
+                positive_integer(name, value)
+            elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _BELOW[name]:
+                limits = f"between 0 and {_BELOW[name]:g}"
+                raise ValueError(f"{name} must be a number {limits}, got {value!r}; the default is {own[name]}.")
         width, simsiam, moco = chosen["output_dim"], method == "simsiam", method == "moco"
         self.momentum, self.temperature = (chosen.get(name, 1.0) for name in ("momentum", "temperature"))
         self.backbone, self.global_crops = backbone, global_crops
@@ -82,7 +92,7 @@ class LoGoLearner(nn.Module):
         self.register_buffer("queue", F.normalize(torch.randn(width, chosen["queue_size"]), dim=0) if moco else None)
         self.criterion = LoGoLoss(
             affinity=Affinity(width) if affinity == "auto" else affinity,  # type: ignore[arg-type]
-            similarity=self._contrast if moco else "cosine",
+            similarity=info_nce if moco else "cosine",
             **options,
         )
         self.terms: LoGoTerms | None = None
@@ -102,7 +112,8 @@ class LoGoLearner(nn.Module):
             target = proj[:count] if self.target is None else [self.target(view) for view in views[:count]]
         pred = [self.predictor(z) for z in proj]
         parts = {"global_pred": pred[:count], "local_pred": pred[count:], "local_proj": proj[count:]}
-        terms: LoGoTerms = self.criterion(global_target=target, **parts)
+        contrast = None if self.queue is None else partial(info_nce, queue=self.queue, temperature=self.temperature)
+        terms: LoGoTerms = self.criterion(global_target=target, similarity=contrast, **parts)
         if learns and self.queue is not None:
             keys = _of_all_ranks(F.normalize(full_precision(torch.cat(target)), dim=1)).T
             # Not in place: backward needs the old queue.
@@ -110,8 +121,18 @@ class LoGoLearner(nn.Module):
         self.terms = terms.detach()
         return terms.total
 
-    def _contrast(self, pred: Tensor, target: Tensor) -> Tensor:
-        return info_nce(pred, target, queue=self.queue, temperature=self.temperature)
+
+def _check_backbone(backbone: Any) -> None:
+    if not isinstance(backbone, nn.Module):
+        raise TypeError(f"backbone must be a torch.nn.Module, got {backbone!r}.")
+    devices = {p.device.type for p in backbone.parameters()}
+    if not devices:
+        raise ValueError(f"the backbone has no parameters to train, got {type(backbone).__name__}.")
+    if "meta" in devices:
+        raise ValueError(
+            "the backbone is on the meta device, where parameters have no values: give it some first, as in "
+            'backbone.to_empty(device="cpu") and backbone.load_state_dict(...).'
+        )
 
 
 def _mlp(dims: Sequence[int], *, norm: bool = True, norm_last: bool = False) -> nn.Sequential:
@@ -125,6 +146,10 @@ def _mlp(dims: Sequence[int], *, norm: bool = True, norm_last: bool = False) -> 
 
 
 def _features(backbone: nn.Module, sizes: Sequence[int]) -> int:
+    if isinstance(sizes, str) or not isinstance(sizes, Sequence) or not sizes:
+        raise ValueError(f"image_size must be the sides of the global and local crops, as (224, 96), got {sizes!r}.")
+    for size in sizes:
+        positive_integer("each of image_size", size)
     like = next(backbone.parameters())
     shapes: dict[int, tuple[int, ...]] = {}
     try:

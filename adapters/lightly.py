@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from logo_plugin.crops import CropBoxes
 from logo_plugin.online import Heads, Method, Names
-from logo_plugin.wrapped import LoGoModel, join_optimizer, log_terms, logo_step
+from logo_plugin.stepping import join_optimizer, log_terms, logo_step
+from logo_plugin.wrapped import LoGoModel
 
 NAMES = Names(
     projector=("projection_head", "projection_mlp", "projector"),
@@ -56,7 +57,8 @@ class LightlyModel(LoGoModel):
             raise ValueError(
                 f"{type(self).__name__} has several losses ({', '.join(losses)}), as methods that compare dense maps "
                 "or patches do. LoGo extends one loss of two views (N, D): if one of them is such a loss, name it with "
-                "criterion= and the projector behind it with projector=; the others then stay as they are."
+                'criterion= and the projector behind it with projector=, and give reduction="sum", which keeps its '
+                "balance with the others."
             )
         return losses[0] if losses else super().find_criterion()
 
@@ -65,7 +67,8 @@ class LightlyModel(LoGoModel):
         try:
             return super().find_heads(projector)
         except ValueError as error:
-            losses = [child for child in self.children() if isinstance(child, (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss))]
+            parts = [self._logo_config[0].criterion, *self.children()]
+            losses = [part for part in parts if isinstance(part, (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss))]
             if projector or not losses:
                 raise
             raise ValueError(

@@ -1,12 +1,13 @@
 """`LoGoMonitor`, a callback for either Lightning: `lightning.pytorch` (solo-learn) or `pytorch_lightning` (lightly)."""
 
 import importlib
+import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,13 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
+from logo_plugin.checks import choice
 from logo_plugin.crops import MultiCropTransform
 from logo_plugin.diagnostics import diagnose
-from logo_plugin.losses import LoGoLoss
+from logo_plugin.losses import LoGoLoss, LoGoTerms
 
 _IMAGES = 128  # measured of a batch: bounds what the eigenvalues cost, however large batch and projection are
+_COLLAPSED, _PATIENCE = 0.1, 10
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
@@ -42,6 +45,10 @@ class LoGoMonitor(_Callback):
     have. They are of the first 128 images of the batch and, with several processes, of the first process
     only: nothing is exchanged. LoGo's terms are logged by the adapters, with or without the monitor.
 
+    Two things it says aloud, with nothing exchanged and no more often than once a run: that a term was nan or
+    infinite, and in which step first (kept on the device at every step, looked at when it is time to measure; on
+    every process); and that `embedding_std` was below 0.1 ten measurements in a row, which is a collapse.
+
     Pictures go to TensorBoard and W&B as `logo/crops`, and beside the file of a `CSVLogger` (or of any
     logger that has a `log_dir`) as `logo_crops/epoch_0000.png`.
 
@@ -49,24 +56,40 @@ class LoGoMonitor(_Callback):
         every_n_steps: Optimizer steps between two measurements. None takes the trainer's `log_every_n_steps`.
         crops_every_n_epochs: Epochs between two pictures, taken of the epoch's first batch. None: no pictures.
         images: Rows of a picture; each shows the crops of one image, globals first.
+        nonfinite: What to do about a term that is nan or infinite: "warn", "raise" a RuntimeError, or "ignore".
+        warn_collapse: Whether to warn of a collapse.
 
     Raises:
-        ValueError: If an argument is no positive integer.
+        ValueError: If an argument is out of its range.
 
     Example:
         >>> trainer = Trainer(callbacks=[LoGoMonitor()])
     """
 
-    def __init__(self, every_n_steps: int | None = None, crops_every_n_epochs: int | None = 1, images: int = 8) -> None:
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        crops_every_n_epochs: int | None = 1,
+        images: int = 8,
+        *,
+        nonfinite: Literal["warn", "raise", "ignore"] = "warn",
+        warn_collapse: bool = True,
+    ) -> None:
         super().__init__()
         optional = {"every_n_steps": every_n_steps, "crops_every_n_epochs": crops_every_n_epochs}
         for name, value in {"images": images, **optional}.items():
             if (type(value) is not int or value < 1) and (value is not None or name not in optional):
                 expected = "a positive integer" + (" or None" if name in optional else "")
                 raise ValueError(f"{name} must be {expected}, got {value!r}.")
+        choice("nonfinite", nonfinite, ("warn", "raise", "ignore"))
+        if not isinstance(warn_collapse, bool):
+            raise ValueError(f"warn_collapse must be True or False, got {warn_collapse!r}.")
         self.every_n_steps, self.crops_every_n_epochs, self.images = every_n_steps, crops_every_n_epochs, images
-        self._measured = 0
+        self.nonfinite, self.warn_collapse = nonfinite, warn_collapse
+        self._measured = self._step = 0
         self._draw: list[Callable[[Tensor, int, int], None]] = []
+        self._first_bad: Tensor | None = None
+        self._collapsed, self._said_collapse = 0, False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Checks the model.
@@ -82,7 +105,9 @@ class LoGoMonitor(_Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Finds out which loggers take pictures, and warns of those that don't."""
-        self._measured, self._draw = trainer.global_step, []
+        self._measured = self._step = trainer.global_step
+        self._draw = []
+        self._first_bad, self._collapsed, self._said_collapse = None, 0, False
         if not trainer.is_global_zero or self.crops_every_n_epochs is None:
             return
         for logger in trainer.loggers:
@@ -97,24 +122,77 @@ class LoGoMonitor(_Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measures and draws when it is time to."""
+        step = max(0, trainer.global_step - 1)  # Lightning counts from 0 where it logs
+        interval = self.every_n_steps or trainer.log_every_n_steps
+        # With accumulated gradients several batches end on one step.
+        due = interval and trainer.global_step % interval == 0 and trainer.global_step != self._measured
+        if self.nonfinite != "ignore":
+            self._watch(getattr(pl_module, "logo_terms", None))
+            self._step = trainer.global_step  # that of the next batch
+            if due:
+                self._report_nonfinite(trainer)
         if not trainer.is_global_zero:
             return
-        step = max(0, trainer.global_step - 1)  # Lightning counts from 0 where it logs
         if self._draw and batch_idx == 0 and trainer.current_epoch % self.crops_every_n_epochs == 0:
             picture = _picture(_views(batch), self.images, trainer)
             for draw in self._draw:
                 draw(picture, trainer.current_epoch, step)
-        interval = self.every_n_steps or trainer.log_every_n_steps
-        # With accumulated gradients several batches end on one step.
-        if not interval or trainer.global_step % interval or trainer.global_step == self._measured:
+        if not due:
             return
         self._measured = trainer.global_step
         proj = pl_module.logo_local_proj
-        if not trainer.loggers or proj is None or len(proj[0]) < 2:  # a last batch of one image
+        if proj is None or len(proj[0]) < 2 or not (trainer.loggers or self.warn_collapse):  # a last batch of one image
             return
         found = diagnose([z[:_IMAGES] for z in proj], pl_module.logo.affinity)
         for logger in trainer.loggers:
             logger.log_metrics({f"logo/{name}": value for name, value in found.items()}, step=step)
+        self._look_for_collapse(found["embedding_std"])
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Says what a run shorter than an interval had."""
+        self._report_nonfinite(trainer)
+
+    def _watch(self, terms: LoGoTerms | None) -> None:
+        """Keeps for each term the first step in which it was not finite, where the terms are: no device waits."""
+        if terms is None:
+            return
+        values = torch.stack([term.detach().float() for term in terms])
+        if self._first_bad is None:
+            self._first_bad = torch.full_like(values, torch.inf)
+        # nan is no less than itself, so neither comparison holds for it.
+        bad = ~(values.abs() < torch.inf)
+        self._first_bad = torch.where(bad & self._first_bad.isinf(), float(self._step), self._first_bad)
+
+    def _report_nonfinite(self, trainer: Any) -> None:
+        """The only look at them: it waits for the device."""
+        first = [] if self._first_bad is None else self._first_bad.tolist()
+        found = {name: int(at) for name, at in zip(LoGoTerms._fields, first, strict=False) if 0 <= at < math.inf}
+        if not found:
+            return
+        self._first_bad = torch.full_like(self._first_bad, -1.0)  # once a run
+        step = min(found.values())
+        names = [name for name, at in found.items() if at == step]
+        rank = f", process {trainer.global_rank}" if trainer.world_size > 1 else ""
+        message = (
+            f"nan or infinite since step {step}{rank}: LoGo's {', '.join(names)}. Look at that step's batch for values "
+            "that are not finite, lower the learning rate, or train in bfloat16 rather than float16. "
+            'LoGoMonitor(nonfinite="raise") stops a run there, "ignore" keeps silent.'
+        )
+        if self.nonfinite == "raise":
+            raise RuntimeError(message)
+        warnings.warn(message, stacklevel=2)
+
+    def _look_for_collapse(self, std: float) -> None:
+        self._collapsed = self._collapsed + 1 if std < _COLLAPSED else 0
+        if self.warn_collapse and self._collapsed == _PATIENCE and not self._said_collapse:
+            self._said_collapse = True
+            warnings.warn(
+                f"the projections have collapsed: logo/embedding_std was below {_COLLAPSED} {_PATIENCE} times in a row "
+                f"(now {std:.2g}; 0 is one point for all images, 1 spread evenly). Lower the learning rate, check that "
+                "predictor and stop-gradient are in place, and compare with affinity=None. "
+                "LoGoMonitor(warn_collapse=False) keeps silent.",
+                stacklevel=2,
+            )
 
 
 def _picture_writer(logger: Any) -> Callable[[Tensor, int, int], None] | None:

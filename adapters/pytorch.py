@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from logo_plugin.observing import is_symmetric, on_a_copy
 from logo_plugin.online import Heads, Method, Source, run_online, width
-from logo_plugin.wrapped import Settings, Step, logo_step, methods_of, resolve
+from logo_plugin.stepping import logo_step, methods_of
+from logo_plugin.wrapped import Settings, Step, resolve
 
 _TARGET = ("forward_momentum", "forward_teacher", "forward_key_encoder")
 _STEPS_BEFORE_WARNING = 32

@@ -228,10 +228,17 @@ class FeatureForwardBYOL(BYOL):
         return 0.5 * (self.criterion(p0, self.forward_momentum(x1)) + self.criterion(p1, self.forward_momentum(x0)))
 
 
+def in_batch():
+    """NTXentLoss without a bank; the pointer into the bank that it has not would be whatever memory held."""
+    loss = NTXentLoss()
+    loss.memory_bank.bank_ptr.zero_()
+    return loss
+
+
 class SimCLR(SGD, pl.LightningModule):
     """Two projections, gradient through both: SimCLR and FDA, and with their losses DCL, Barlow Twins, VICReg."""
 
-    def __init__(self, criterion=NTXentLoss):
+    def __init__(self, criterion=in_batch):
         super().__init__()
         self.backbone = small_backbone()
         self.projection_head = SimCLRProjectionHead(32, 24, 16)
@@ -278,7 +285,7 @@ class NNCLR(SimSiam):
     def __init__(self):
         super().__init__()
         self.memory_bank = NNMemoryBankModule(size=(64, 16))
-        self.criterion = NTXentLoss()
+        self.criterion = in_batch()
 
     def training_step(self, batch, batch_idx):
         x0, x1 = batch[0]
@@ -436,12 +443,12 @@ PLAIN = {
     "byol": (PlainBYOL, NegativeCosineSimilarity),
     "moco": (PlainMoCo, lambda: NTXentLoss(temperature=0.1, memory_bank_size=(64, 16))),
     "simsiam": (PlainSimSiam, NegativeCosineSimilarity),
-    "simclr": (PlainSimCLR, NTXentLoss),
+    "simclr": (PlainSimCLR, in_batch),
     "barlow twins": (PlainSimCLR, BarlowTwinsLoss),
     "vicreg": (PlainSimCLR, VICRegLoss),
     "dcl": (PlainSimCLR, DCLLoss),
 }
 SAID = {  # their loops' steps cannot be told from model and criterion
-    "nnclr": (PlainNNCLR, NTXentLoss),
+    "nnclr": (PlainNNCLR, in_batch),
     "tico": (PlainTiCo, TiCoLoss),
 }

@@ -174,9 +174,7 @@ def test_jpeg_is_decoded_as_pillow_does(photograph, mode, with_torchvision, tmp_
     assert same(seeded(MultiCropTransform(**SMALL), path), expected)
 
 
-@pytest.mark.parametrize(
-    "mode", ["1", "L", "P", "LA", "PA", "RGBA", "CMYK", "YCbCr", "HSV", "I", "I;16", "tensor L", "tensor RGBA"]
-)
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGBA", "CMYK", "YCbCr", "HSV", "I", "I;16", "tensor L"])
 def test_every_mode_becomes_rgb(photograph, mode):
     if mode.startswith("tensor"):
         converted = photograph.convert(mode[7:])
@@ -385,6 +383,12 @@ def test_a_batch_without_any_good_image_is_an_error():
         ([torch.zeros(9, 9, 3, dtype=torch.uint8)], r"\(9, 9, 3\)"),
         ([torch.zeros(3, 0, 9, dtype=torch.uint8)], r"\(3, 0, 9\)"),
         ([torch.zeros(9, 9, dtype=torch.uint8)], r"\(9, 9\)"),
+        (
+            [torch.zeros(4, 9, 9, dtype=torch.uint8)],
+            r"1 or 3 channels, got \(4, 9, 9\), .*image\[:3\]",
+        ),
+        ([torch.zeros(2, 9, 9, dtype=torch.uint8)], r"1 or 3 channels, got \(2, 9, 9\)"),
+        ([torch.zeros(13, 9, 9, dtype=torch.uint8)], r"1 or 3 channels, got \(13, 9, 9\)"),
     ],
 )
 def test_samples_of_another_kind_are_an_error_even_when_skipping(samples, match):
@@ -423,6 +427,64 @@ def test_bad_options_say_what_was_expected(option, value, match):
     with pytest.raises(ValueError, match=match) as error:
         MultiCropCollate(**{option: value})
     assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize("cls", [MultiCropCollate, MultiCropTransform])
+@pytest.mark.parametrize(
+    ("arguments", "options", "match"),
+    [
+        ((), {"size": 96}, r"unknown option size; did you mean global_size or local_size\? There are blur_p, "),
+        ((), {"local_crop": 4}, r"unknown option local_crop; did you mean local_crops\?"),
+        ((), {"workers": 4}, r"unknown option workers\. There are"),
+        ((), {"_warned": set()}, "unknown option _warned"),
+        ((2, 4), {}, r"takes its options by name, as in global_size=224; got \(2, 4\)"),
+    ],
+)
+def test_unknown_options_are_named(cls, arguments, options, match):
+    with pytest.raises(TypeError, match=f"{cls.__name__}.*{match}"):
+        cls(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("targets", "match"),
+    [
+        (
+            [torch.zeros(2), torch.zeros(2), torch.zeros(3)],
+            r"sample 0 is a tensor \(2,\), that of sample 2 is a tensor \(3,\)",
+        ),
+        ([1, None, 2], r"sample 0 is int, that of sample 1 is NoneType"),
+        ([None, None, None], r"sample 0 is NoneType \("),
+        ([Image.new("RGB", (4, 4))] * 3, r"sample 0 is Image"),
+        ([[1, 2], [1, 2], [1]], r"sample 0 is list \(RuntimeError"),
+    ],
+)
+def test_targets_that_do_not_stack_are_named(targets, match):
+    samples = [(Image.new("RGB", (9, 9)), target) for target in targets]
+    with pytest.raises(TypeError, match=f"the targets, second items of the samples, can't be stacked.*{match}"):
+        MultiCropCollate(**SMALL, blur_p=0)(samples)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("with_torchvision", [True, False])
+def test_decompression_bombs_stop_at_pillows_limit(kind, with_torchvision, tmp_path, monkeypatch):
+    """By the header: a file of a few KiB could otherwise take gigabytes."""
+    if not with_torchvision:
+        monkeypatch.setattr("logo_plugin.decoding._decode_jpeg", None)
+    bomb, path = encoded(Image.new("L", (400, 300)), kind), tmp_path / "bomb"
+    path.write_bytes(bomb)
+    good = [(Image.new("RGB", (9, 9)), 0)]
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 400 * 300 // 2 - 1)
+    for image in (bomb, path):
+        with pytest.raises(ValueError, match=r"cannot decode the image .*DecompressionBomb.*120000 pixels"):
+            MultiCropTransform(**SMALL)(image)
+        with pytest.warns(UserWarning, match=r"sample 1 of the batch.*DecompressionBomb.*Another image takes"):
+            _views, targets = MultiCropCollate(**SMALL, on_error="skip")([*good, (image, 1)])
+        assert targets.tolist() == [0, 0]
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 400 * 300 - 1)
+    with pytest.warns(Image.DecompressionBombWarning):
+        MultiCropTransform(**SMALL)(bomb)
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", None)
+    assert MultiCropTransform(**SMALL)(bomb)
 
 
 def test_small_crops_go_without_blur():

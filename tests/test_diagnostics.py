@@ -128,6 +128,19 @@ def test_not_finite_is_nan():
     assert all(math.isnan(value) for value in found.values())
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_have_no_accuracy(wrong):
+    """nan compares as smaller and greater to nothing: it was an accuracy of 0."""
+
+    class Broken(nn.Module):
+        def forward(self, first, second):
+            return first[..., 0].where(first[..., 0] < first[..., 0].max(), wrong)
+
+    found = diagnose(projections(), Broken())
+    assert math.isnan(found["affinity_accuracy"])
+    assert {name: value for name, value in found.items() if name != "affinity_accuracy"} == diagnose(projections())
+
+
 def test_half_precision():
     z = projections(2, 64, 16)
     found = diagnose(z.bfloat16(), Affinity(16))

@@ -556,7 +556,10 @@ GOOD = {
         ({"local_pred": views((4, 8))}, r"at least 2 local crops"),
         ({"local_proj": views((4, 8), (4, 8), (4, 8))}, r"local_proj matches local_pred"),
         ({"local_proj": views((3, 8), (3, 8))}, r"local_proj matches local_pred"),
-        ({"local_proj": views((4, 5), (4, 5))}, r"Affinity\(dim=8\) expects .*\(1, 4, 5\)"),
+        (
+            {"local_proj": views((4, 5), (4, 5))},
+            r"Affinity\(dim=8\) expects .*16\), got \(4, 5, 10\)\. Set dim",
+        ),
     ],
 )
 def test_bad_input(changed, message):
@@ -578,12 +581,19 @@ def test_bad_input(changed, message):
         ({"reduction": "mean"}, r"reduction must be one of \('pairs', 'sum'\), got 'mean'"),
         ({"similarity": "dot"}, r'similarity must be "cosine" or a callable'),
         ({"average_targets": 1}, r"average_targets must be True or False, got 1"),
+        ({"affinity": nn.Linear(4, 1)}, r"affinity must be a module such as Affinity\(dim\).*got Linear.*two tensors"),
         ({"affinity": 256}, r"affinity must be a module such as Affinity\(dim\), or None, got 256"),
     ],
 )
 def test_bad_option(options, message):
     with pytest.raises(ValueError, match=message):
         LoGoLoss(**options)
+
+
+def test_an_empty_batch_is_an_error_without_affinity_too():
+    empty = views((0, 8), (0, 8))
+    with pytest.raises(ValueError, match="at least one image"):
+        LoGoLoss()(global_pred=empty, global_target=empty, local_pred=empty)
 
 
 def test_gradient_ratio_without_a_path_to_the_projection():
@@ -607,7 +617,7 @@ def test_bad_info_nce(arguments, message):
         info_nce(**arguments)
 
 
-@pytest.mark.parametrize("options", [{"dim": 0}, {"dim": 8, "hidden_dim": 2.5}])
+@pytest.mark.parametrize("options", [{"dim": 0}, {"dim": 8, "hidden_dim": 2.5}, {"dim": True}, {"dim": "8"}])
 def test_bad_affinity(options):
     with pytest.raises(ValueError, match="positive integer"):
         Affinity(**options)

@@ -16,7 +16,7 @@ from photos import tiles
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from logo_plugin import LoGoMonitor, MultiCropCollate, diagnose, wrap
+from logo_plugin import LoGoMonitor, LoGoTerms, MultiCropCollate, diagnose, wrap
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_fabric.utilities.warnings.PossibleUserWarning"),
@@ -246,6 +246,8 @@ def test_a_model_that_is_not_wrapped():
         ({"crops_every_n_epochs": 0.5}, "crops_every_n_epochs must be a positive integer or None, got 0.5"),
         ({"images": None}, "images must be a positive integer, got None"),
         ({"images": True}, "images must be a positive integer, got True"),
+        ({"nonfinite": "stop"}, r"nonfinite must be one of \('warn', 'raise', 'ignore'\), got 'stop'"),
+        ({"warn_collapse": 1}, "warn_collapse must be True or False, got 1"),
     ],
 )
 def test_bad_options(options, message):
@@ -255,3 +257,64 @@ def test_bad_options(options, message):
 
 def test_it_pickles():
     assert pickle.loads(pickle.dumps(LoGoMonitor(images=3))).images == 3
+
+
+class Poison(lightning.pytorch.Callback):
+    """The criterion gives nan in one step, as a bad batch does under a GradScaler: the weights stay."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        pl_module.logo.local_weight = float("nan") if trainer.global_step == self.batch else 1e-4
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_term_that_is_not_finite_is_named_with_its_step(accumulate):
+    """In a run whose interval, 50, is not reached; and once."""
+    callbacks = [Poison(1), LoGoMonitor()]
+    with pytest.warns(UserWarning, match="nan or infinite since step 1: LoGo's total.") as caught:
+        fit(make(lightning.pytorch), lightning.pytorch, images=16, epochs=2, callbacks=callbacks,
+            accumulate_grad_batches=accumulate, log_every_n_steps=50)  # fmt: skip
+    assert sum("nan or infinite" in str(warning.message) for warning in caught) == 1
+
+
+def test_it_may_end_the_run_or_keep_silent():
+    with pytest.raises(RuntimeError, match=r"nan or infinite since step 2: LoGo's total\..*stops a run there"):
+        fit(make(lightning.pytorch), lightning.pytorch, callbacks=[Poison(2), LoGoMonitor(nonfinite="raise")])
+    fit(make(lightning.pytorch), lightning.pytorch, callbacks=[Poison(2), LoGoMonitor(nonfinite="ignore")])
+
+
+def test_no_step_waits_for_the_device():
+    """Nothing is read between two measurements: on the meta device reading would raise."""
+    monitor, term = LoGoMonitor(), torch.zeros((), device="meta")
+    for _ in range(3):
+        monitor._watch(LoGoTerms(*[term] * 5))
+
+
+def test_a_collapse_warns_once_with_advice():
+    model = make(lightning.pytorch)
+    last = model.projection_head.layers[-1]
+    with torch.no_grad():
+        last.weight.mul_(1e-6)
+        if last.bias is None:
+            last.bias = torch.nn.Parameter(torch.ones(len(last.weight)))
+        last.bias.fill_(1.0)
+    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.0)
+    with pytest.warns(UserWarning, match=r"embedding_std was below 0\.1 10 times in a row.*affinity=None") as caught:
+        fit(model, lightning.pytorch, epochs=8, callbacks=[LoGoMonitor()])
+    assert sum("collapsed" in str(warning.message) for warning in caught) == 1
+    fit(model, lightning.pytorch, epochs=3, callbacks=[LoGoMonitor()])  # nine measurements
+    fit(model, lightning.pytorch, epochs=5, callbacks=[LoGoMonitor(warn_collapse=False)])
+
+
+def test_stochastic_weight_averaging_finishes():
+    """It ends with an epoch of BatchNorm without momentum, the mean of all batches."""
+    callbacks = [lightning.pytorch.callbacks.StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)]
+    model = make(lightning.pytorch)
+    fit(model, lightning.pytorch, epochs=3, callbacks=callbacks)
+    assert model.logo.affinity.mlp[1].running_mean.abs().max() > 0
+    assert all(value.isfinite().all() for value in model.state_dict().values())

@@ -84,6 +84,29 @@ def test_overlap_of_another_shape_is_refused(inputs, shape):
         LoGoLoss(affinity=Affinity(8, 16))(**inputs, local_overlap=torch.zeros(shape))
 
 
+@pytest.mark.parametrize(
+    ("overlap", "message"),
+    [
+        (torch.full((3, 5), 5.0), r"must be in \[0, 1\], got 15 values that are not, such as 5\. .*crop_overlap"),
+        (torch.tensor([[0.0] * 5, [1.0] * 5, [0.5] * 4 + [-0.1]]), r"got 1 values that are not, such as -0\.1"),
+        (torch.full((3, 5), torch.nan), r"\[0, 1\], got 15 values that are not, such as nan"),
+        (torch.zeros(3, 5, dtype=torch.int64), r"must be a floating-point tensor, got torch\.int64"),
+        ([[0.0] * 5] * 3, r"must be a floating-point tensor, got list"),
+    ],
+)
+def test_overlap_out_of_range_is_refused(inputs, overlap, message):
+    with pytest.raises(ValueError, match=f"local_overlap .*{message}"):
+        LoGoLoss(affinity=Affinity(8, 16))(**inputs, local_overlap=overlap)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_where_values_cannot_be_looked_at_a_wrong_overlap_is_nan(inputs):
+    """On a GPU looking makes it wait, compiled it breaks the graph; attraction instead of repulsion it never is."""
+    compiled = torch.compile(LoGoLoss(affinity=Affinity(8, 16)), fullgraph=True, backend="aot_eager")
+    assert compiled(**inputs, local_overlap=torch.full((3, 5), 0.5)).local_local.isfinite()
+    assert compiled(**inputs, local_overlap=torch.full((3, 5), 5.0)).local_local.isnan()
+
+
 def test_boxes_of_a_batch_weigh_the_loss(inputs):
     *_, crops = MultiCropCollate.cifar10(local_crops=3, return_boxes=True)(tiles(5))
     overlap = crop_overlap(crops.boxes[2:])

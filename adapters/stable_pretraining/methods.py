@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from logo_plugin.losses import info_nce, negative_cosine
+from logo_plugin.similarities import info_nce, negative_cosine
 
 _OWN_MULTI_CROP = "has a multi-crop of its own: give it local crops as it takes them. LoGo has nothing to add"
 _MASKED = "learns from masked or predicted patches, not from two views alone. LoGo cannot extend it"

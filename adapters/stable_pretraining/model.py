@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from logo_plugin.local_predictor import join_groups
 from logo_plugin.observing import Observed, read_pairs
-from logo_plugin.online import Heads, Method, Names, Outputs, composed, outputs_of
-from logo_plugin.wrapped import LoGoModel, join_optimizer, log_terms, logo_step
+from logo_plugin.online import Heads, Names, Outputs, outputs_of
+from logo_plugin.stepping import join_optimizer, log_terms, logo_step
+from logo_plugin.wrapped import LoGoModel
 
 _LOSSES = ("byol_loss", "simclr_loss", "vicreg_loss", "barlow_loss", "nnclr_loss")
 
@@ -77,6 +78,11 @@ class StableModel(LoGoModel):
         owner, *heads = super().find_heads(projector)
         return Heads(owner, *(head and _student(head) for head in heads))
 
+    def find_backbone(self, heads: Heads) -> nn.Module | None:
+        """The student's."""
+        backbone = super().find_backbone(heads)
+        return backbone and _student(backbone)
+
     def find_criterion(self) -> str | None:
         """The loss module of the forwards and classes; None for a class that has none."""
         if method_of(type(self)) in WRITTEN_OUT:
@@ -113,11 +119,6 @@ class StableModel(LoGoModel):
                 return read_pairs(pairs, similarity, loss, name, check=not self._logo_sources)
 
             yield observe
-
-    def online_methods(self, heads: Heads) -> list[tuple[str, Method]]:
-        """The student's backbone, then the heads."""
-        backbone = getattr(heads.owner, "backbone", None)
-        return [composed(heads, _student(backbone))] if isinstance(backbone, nn.Module) else []
 
     def _check_met(self) -> None:
         if self.training and torch.is_grad_enabled() and not self._logo_met:

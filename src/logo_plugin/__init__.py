@@ -2,12 +2,16 @@
 
 from typing import TYPE_CHECKING, Any
 
-from logo_plugin.adapters.learner import LoGoLearner
-from logo_plugin.affinity import Affinity
-from logo_plugin.crops import MultiCropCollate, MultiCropTransform, crop_overlap
-from logo_plugin.diagnostics import diagnose
-from logo_plugin.losses import LoGoLoss, LoGoTerms, info_nce
-from logo_plugin.wrapping import wrap
+_failure: Exception | None = None
+try:
+    from logo_plugin.adapters.learner import LoGoLearner
+    from logo_plugin.affinity import Affinity
+    from logo_plugin.crops import MultiCropCollate, MultiCropTransform, crop_overlap
+    from logo_plugin.diagnostics import diagnose
+    from logo_plugin.losses import LoGoLoss, LoGoTerms, info_nce
+    from logo_plugin.wrapping import wrap
+except (ImportError, OSError, RuntimeError) as error:  # torch or torchvision is missing, or they don't fit each other
+    _failure = error  # the doctor runs all the same; any use of a name raises it
 
 if TYPE_CHECKING:
     from logo_plugin.adapters.lightning import LoGoMonitor as LoGoMonitor
@@ -29,6 +33,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if _failure is not None and name in (*__all__, "LoGoMonitor"):
+        raise ImportError(
+            f"logo_plugin cannot import what it needs ({type(_failure).__name__}: {_failure}); "
+            "python -m logo_plugin says what to do."
+        ) from _failure
     if name == "LoGoMonitor":  # only when asked for: it imports Lightning
         from logo_plugin.adapters.lightning import LoGoMonitor
 

@@ -14,7 +14,17 @@ from pathlib import Path
 import logo_plugin
 
 HOSTS = ("lightly", "solo", "timm")
-SHOWN = ("torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "lightly", "timm")
+SHOWN = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "lightning",
+    "pytorch-lightning",
+    "torchmetrics",
+    "hydra-core",
+    "lightly",
+    "timm",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,22 +38,25 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m logo_plugin", description=__doc__.split(": ", 1)[1])
     parser.add_argument("hosts", nargs="*", metavar="host", help=f"must work: {', '.join(HOSTS)}")
+    parser.add_argument("--version", action="version", version=f"logo_plugin {logo_plugin.__version__}")
     asked = parser.parse_args(arguments).hosts
     if unknown := sorted(set(asked) - set(HOSTS)):
         parser.error(f"unknown host {', '.join(unknown)}; there are {', '.join(HOSTS)}")
 
-    print(f"{'logo_plugin':14}{logo_plugin.__version__}  {Path(logo_plugin.__file__).parent}")
-    print(f"{'python':14}{platform.python_version()}")
+    print(f"{'logo_plugin':19}{logo_plugin.__version__}  {Path(logo_plugin.__file__).parent}")
+    print(f"{'python':19}{platform.python_version()}")
     for name in SHOWN:
-        print(f"{name:14}{_version(name) or 'not installed'}")
+        print(f"{name:19}{_version(name) or 'not installed'}")
     root = _solo_root()
-    print(f"{'solo-learn':14}{f'{_solo_version(root)}  {root}' if root else 'not found'}")
-    failed = bool(_report("core", _misfits(None)))
+    print(f"{'solo-learn':19}{f'{_solo_version(root)}  {root}' if root else 'not found'}")
+    failed = bool(_report("core", [*_stranger(), *_misfits(None), *_imports()]))
     for host in HOSTS:
         problems = _misfits(host)
         methods: list[str] = []
         if host == "solo":
-            if root is None:
+            if wrong := _wrong_solo_root():
+                problems.append(wrong)
+            elif root is None:
                 problems.append(
                     "solo-learn is used from a clone: git clone https://github.com/vturrisi/solo-learn, then run "
                     "this there or with SOLO_LEARN_ROOT=<the clone>"
@@ -93,6 +106,46 @@ def _misfits(extra: str | None) -> list[str]:
     return found
 
 
+def _stranger() -> list[str]:
+    """Another package on PyPI has our name and our import name, and pip can't tell them apart."""
+    theirs = any(
+        not any(requirement.startswith("torch") for requirement in found.requires or [])
+        for found in metadata.distributions(name="logo-plugin")
+    )
+    if not theirs and not (Path(logo_plugin.__file__).parent / "service.py").exists():
+        return []
+    return [
+        "the logo-plugin that pip installed is another package of that name, from PyPI: pip uninstall logo-plugin, "
+        "then install this one from its clone or wheel (pip install ./logo-plugin)"
+    ]
+
+
+def _imports() -> list[str]:
+    """What is installed may still not work together."""
+    failure = logo_plugin._failure
+    if failure is not None:
+        return [f"cannot be imported ({type(failure).__name__}: {failure}): pip install --upgrade torch torchvision"]
+    import numpy as np
+    import torch
+
+    try:
+        torch.from_numpy(np.zeros(1))
+    except RuntimeError as error:
+        return [
+            f"torch {torch.__version__} cannot use numpy {np.__version__} ({error}): "
+            'pip install "numpy<2", or a newer torch'
+        ]
+    return []
+
+
+def _wrong_solo_root() -> str | None:
+    root = os.environ.get("SOLO_LEARN_ROOT")
+    if not root or (Path(root) / "solo" / "__init__.py").is_file():
+        return None
+    what = "has no folder 'solo'" if Path(root).is_dir() else "is no folder"
+    return f"SOLO_LEARN_ROOT={root} {what}: set it to the root of a clone of solo-learn"
+
+
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
@@ -100,6 +153,8 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _solo_root() -> Path | None:
     """Where `import solo` finds solo-learn: SOLO_LEARN_ROOT, the working folder, or what is installed."""
     if root := os.environ.get("SOLO_LEARN_ROOT"):
+        if _wrong_solo_root():
+            return None
         sys.path.insert(0, root)
     spec = importlib.util.find_spec("solo")
     locations = list(spec.submodule_search_locations or []) if spec else []

@@ -5,7 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import combinations
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -17,6 +17,7 @@ from torch.utils.data import default_collate
 
 from logo_plugin.augment import Recipe, augment, blur_radius
 from logo_plugin.decoding import ImageLike, UndecodableError, decode
+from logo_plugin.wrapping import unknown_option
 
 Range = tuple[float, float]
 T = TypeVar("T", bound="MultiCropTransform")
@@ -106,6 +107,7 @@ class MultiCropTransform:
             own collate makes (N, V, 4).
 
     Raises:
+        TypeError: If an option is unknown.
         ValueError: If an option is out of its range.
     """
 
@@ -130,6 +132,15 @@ class MultiCropTransform:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     return_boxes: bool = False
 
+    def __new__(cls: type[T], *positional: Any, **options: Any) -> T:
+        """Refuses what the dataclass's own `__init__` would, with a message that helps."""
+        valid = {option.name for option in fields(cls) if option.init}
+        if positional:
+            raise TypeError(f"{cls.__name__} takes its options by name, as in global_size=224; got {positional!r}.")
+        for name in options.keys() - valid:
+            raise TypeError(f"{cls.__name__}: {unknown_option(name, valid)}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for name in ("global_crops", "global_size", "local_size"):
             _check(self, name, "an integer >= 1", lambda v: type(v) is int and v >= 1)
@@ -146,6 +157,7 @@ class MultiCropTransform:
             _check(self, name, "a finite number >= 0", lambda v: 0 <= v < math.inf)
         _check(self, "hue", "a number in [0, 0.5]", lambda v: 0 <= v <= 0.5)
         _check(self, "mean", "3 numbers", lambda v: len(v) == 3 and all(math.isfinite(x) for x in v))
+        _check(self, "return_boxes", "True or False", lambda v: isinstance(v, bool))
         _check(self, "std", "3 numbers > 0", lambda v: len(v) == 3 and all(0 < x < math.inf for x in v))
         smallest = min(self.global_size, self.local_size if self.local_crops else self.global_size)
         if self.blur_p and smallest <= blur_radius(self.blur_sigma[1]):
@@ -174,7 +186,7 @@ class MultiCropTransform:
         """Makes the views of one image.
 
         Args:
-            image: PIL image, uint8 tensor (C, H, W), encoded bytes (JPEG, PNG, WebP, ...) or a path.
+            image: PIL image, uint8 tensor (1 or 3, H, W), encoded bytes (JPEG, PNG, WebP, ...) or a path.
 
         Returns:
             The views, globals first, each (3, size, size), float32, normalised. With `return_boxes` then
@@ -305,7 +317,7 @@ class MultiCropCollate(MultiCropTransform):
         Raises:
             ValueError: If an image cannot be decoded; the message names the sample. With
                 `on_error="skip"` only if none of the batch can.
-            TypeError: If the samples are of another kind.
+            TypeError: If the samples are of another kind, or torch's `default_collate` can't stack the targets.
         """
         if samples and all(isinstance(sample, dict) and "image" in sample for sample in samples):
             return self._of_dicts(samples)
@@ -337,7 +349,7 @@ class MultiCropCollate(MultiCropTransform):
         if self.defer is not None:
             batch = [DeferredViews(views, per_view if self.defer == "augment" else None, self.mean, self.std)]
         _, *columns = (list(column) for column in zip(*rows, strict=True))
-        batch += [default_collate(targets) for targets in columns[:1]] + columns[1:]
+        batch += [_stacked(targets) for targets in columns[:1]] + columns[1:]
         if self.return_boxes:
             boxes = torch.tensor([[recipe.box for recipe in view] for view in per_view], dtype=torch.float32)
             batch.append(CropBoxes(boxes, torch.tensor([[recipe.flip for recipe in view] for view in per_view])))
@@ -384,6 +396,19 @@ def crop_overlap(boxes: Tensor) -> Tensor:
     return intersection / union
 
 
+def _stacked(targets: list[Any]) -> Any:
+    try:
+        return default_collate(targets)
+    except Exception as error:  # torch's message doesn't say of what
+        kinds = [f"a tensor {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__ for t in targets]
+        other = next((n for n, kind in enumerate(kinds) if kind != kinds[0]), 0)
+        also = f", that of sample {other} is {kinds[other]}" if other else ""
+        raise TypeError(
+            f"the targets, second items of the samples, can't be stacked: that of sample 0 is {kinds[0]}{also} "
+            f"({type(error).__name__}: {error}). Let the dataset give numbers or tensors of one shape, or images alone."
+        ) from error
+
+
 def _crop(pixels: Tensor, recipe: Recipe, size: int) -> Tensor:
     """Gives (1, 3, size, size), uint8."""
     left, top, right, bottom = recipe.box
@@ -407,7 +432,7 @@ def _check(options: object, name: str, expected: str, valid: Callable[[Any], boo
     value = getattr(options, name)
     try:
         good = valid(value)
-    except (TypeError, IndexError):
+    except Exception:  # whatever a value of another kind raises when it is compared
         good = False
     if not good:
         raise ValueError(f"{name} must be {expected}, got {value!r}.")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logo_plugin.affinity import full_precision
-from logo_plugin.losses import Views, _views
+from logo_plugin.checks import Views, as_views
 from logo_plugin.modes import eval_mode
 
 
@@ -16,7 +16,7 @@ def diagnose(local_proj: Views, affinity: nn.Module | None = None) -> dict[str, 
     """Measures a batch of projections; changes nothing: no gradient, no buffer, no random number.
 
     All but the affinity's accuracy are of the projections divided by their norms, since losses of cosines
-    see nothing else. If a projection is not finite, every value is nan.
+    see nothing else. If a projection is not finite, every value is nan; if a logit is not, the accuracy is.
 
     Args:
         local_proj: Projections of the local crops, (L, N, D) or L tensors (N, D), N >= 2.
@@ -43,7 +43,7 @@ def diagnose(local_proj: Views, affinity: nn.Module | None = None) -> dict[str, 
         >>> diagnose(torch.randn(2, 64, 16))["embedding_std"]  # doctest: +SKIP
         0.99
     """
-    views = torch.stack([full_precision(view) for view in _views("local_proj", local_proj)])
+    views = torch.stack([full_precision(view) for view in as_views("local_proj", local_proj)])
     crops, images, features = views.shape
     if images < 2:
         raise ValueError(f"local_proj must be of at least 2 images, got {tuple(views.shape)} for (L, N, D).")
@@ -81,4 +81,6 @@ def _accuracy(affinity: nn.Module, z: Tensor) -> float:
     with eval_mode(affinity):
         # Each crop with the next one of its image, then with that of another image.
         same, other = affinity(z, z.roll(1, 0)), affinity(z, z.roll((1, 1), (0, 1)))
+    if not (same.isfinite().all() and other.isfinite().all()):
+        return float("nan")
     return float((same > 0).double().mean() + (other < 0).double().mean()) / 2

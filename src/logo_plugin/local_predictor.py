@@ -4,7 +4,7 @@ It is a copy of the host's predictor, whatever its architecture and however init
 each predictor independently.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 
 @contextmanager
-def stand_in(module: nn.Module | None, other: nn.Module | None) -> Iterator[None]:
+def stand_in(module: nn.Module | None, other: Callable[..., Any] | None) -> Iterator[None]:
     """While it lasts, who calls `module` gets what `other` computes, whatever name the host calls it by.
 
     With None for either, nothing changes.

@@ -1,43 +1,25 @@
 """The LoGo objective (Zhang et al., CVPR 2022, https://arxiv.org/abs/2203.17205)."""
 
+import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import combinations, permutations
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from logo_plugin.affinity import full_precision
+from logo_plugin.affinity_terms import affinity_loss, affinity_terms, local_local_loss
+from logo_plugin.checks import Views, as_views, same_shape, shapes
+from logo_plugin.checks import choice as _choice
+from logo_plugin.checks import weight as _weight
+from logo_plugin.presets import PRESETS, with_preset
+from logo_plugin.similarities import Similarity, info_nce, mean_over_pairs, mean_target, negative_cosine
 
-Views = Tensor | Sequence[Tensor]
-Similarity = Callable[[Tensor, Tensor], Tensor]
-
-# Each spells out every option, so that no preset moves when a default does.
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "local_weight": 1e-4,
-        "gradient_ratio": None,
-        "local_global_weight": 1.0,
-        "affinity_loss": "difference",
-        "positive_noise": 0.0,
-        "repulsion": "logit",
-        "reduction": "sum",
-        "average_targets": False,
-    },
-    "release": {
-        "local_weight": None,
-        "gradient_ratio": 0.015,
-        "local_global_weight": 1.0,
-        "affinity_loss": "logistic",
-        "positive_noise": 0.3,
-        "repulsion": "softplus",
-        "reduction": "pairs",
-        "average_targets": False,
-    },
-}
+__all__ = [
+    "PRESETS", "LoGoLoss", "LoGoTerms", "Similarity", "Views", "affinity_loss", "info_nce", "local_local_loss",
+    "negative_cosine", "with_preset",
+]  # fmt: skip
 
 
 class LoGoTerms(NamedTuple):
@@ -117,6 +99,11 @@ class LoGoLoss(nn.Module):
         super().__init__()
         if affinity is not None and not isinstance(affinity, nn.Module):
             raise ValueError(f"affinity must be a module such as Affinity(dim), or None, got {affinity!r}.")
+        if affinity is not None and not _takes_pairs(affinity):
+            raise ValueError(
+                "affinity must be a module such as Affinity(dim), which takes both sides of pairs, (P, N, D) each, and "
+                f"gives logits (P, N); got {affinity!r}, whose forward does not take two tensors."
+            )
         if similarity != "cosine" and not callable(similarity):
             raise ValueError(f'similarity must be "cosine" or a callable, got {similarity!r}.')
         if local_weight is not None and gradient_ratio is not None:
@@ -159,6 +146,7 @@ class LoGoLoss(nn.Module):
         local_pred: Views = (),
         local_proj: Views | None = None,
         local_overlap: Tensor | None = None,
+        similarity: Similarity | None = None,
     ) -> LoGoTerms:
         """Computes the objective for G >= 2 global and L >= 0 local crops.
 
@@ -171,30 +159,33 @@ class LoGoLoss(nn.Module):
             local_overlap: Intersection over union of the local crops in [0, 1], (pairs, N) with the pairs
                 in `itertools.combinations` order, as `crop_overlap` gives it. Each pair's repulsion in
                 local_local is then multiplied by 1 - overlap: crops that show the same content are
-                not pushed apart. None treats all pairs alike.
+                not pushed apart. None treats all pairs alike. On a GPU, where looking at them would make
+                it wait, values out of range are not refused: local_local is nan.
+            similarity: Replaces `self.similarity` for this call (a queue changes every step).
 
         Returns:
             `LoGoTerms`.
 
         Raises:
-            ValueError: If shapes do not fit each other, or there are too few crops or images.
+            ValueError: If shapes do not fit each other, there are too few crops or images, or `local_overlap` is
+                out of range.
         """
-        preds, targets = _views("global_pred", global_pred), _views("global_target", global_target)
+        preds, targets = as_views("global_pred", global_pred), as_views("global_target", global_target)
         if len(preds) < 2:
             raise ValueError(f"global_pred needs at least 2 global crops, got {len(preds)}.")
         if len(targets) != len(preds):
             raise ValueError(f"global_target has {len(targets)} views, global_pred has {len(preds)}; give one each.")
-        _same_shape("global_target", targets, "global_pred", preds)
-        pairs = list(permutations(range(len(preds)), 2))
-        global_global = torch.stack([self.similarity(preds[i], targets[j].detach()) for i, j in pairs]).mean()
+        same_shape("global_target", targets, "global_pred", preds)
+        global_global = mean_over_pairs(similarity or self.similarity, preds, targets, apart=True)
         return self.extend(
             global_global,
             global_global=global_global,
-            global_pairs=len(pairs),
+            global_pairs=len(preds) * (len(preds) - 1),
             global_target=targets,
             local_pred=local_pred,
             local_proj=local_proj,
             local_overlap=local_overlap,
+            similarity=similarity,
         )
 
     def extend(
@@ -232,22 +223,21 @@ class LoGoLoss(nn.Module):
         Raises:
             ValueError: As in `forward`.
         """
-        preds, targets = _views("local_pred", local_pred), _views("global_target", global_target)
-        if not isinstance(similarity, Sequence):
-            similarity = [similarity or self.similarity] * (1 if self.average_targets else len(targets))
-        zero = global_global.new_zeros(())
+        preds, targets = as_views("local_pred", local_pred), as_views("global_target", global_target)
         if not preds:
             if self.affinity is not None:
                 raise ValueError(
                     "local_pred is missing, and the affinity needs at least 2 local crops: pass local_pred, "
                     "or build LoGoLoss with affinity=None."
                 )
+            zero = global_global.new_zeros(())
             return LoGoTerms(host_loss, global_global, zero, zero, zero)
-        _same_shape("local_pred", preds, "global_target", targets)
-        compared = [_mean_target(targets)] * len(similarity) if self.average_targets else targets
-        local_global = torch.stack(
-            [score(pred, t.detach()) for pred in preds for score, t in zip(similarity, compared, strict=True)]
-        ).mean()
+        same_shape("local_pred", preds, "global_target", targets)
+        similarity = similarity or self.similarity
+        compared = targets
+        if self.average_targets:
+            compared = [mean_target(targets)] * (len(similarity) if isinstance(similarity, Sequence) else 1)
+        local_global = mean_over_pairs(similarity, preds, compared, apart=False)
         pairs = self.local_global_weight * len(preds) * len(targets)
         if self.reduction == "pairs":
             fraction = pairs / (global_pairs + pairs)
@@ -257,25 +247,30 @@ class LoGoLoss(nn.Module):
             pull = scale * pairs * local_global
             total = host_loss + pull
         if self.affinity is None:
+            zero = global_global.new_zeros(())
             return LoGoTerms(total, global_global, local_global, zero, zero)
 
-        proj = preds if local_proj is None else _views("local_proj", local_proj)
+        proj = preds if local_proj is None else as_views("local_proj", local_proj)
         if len(proj) != len(preds) or len(proj) < 2 or proj[0].shape[0] != preds[0].shape[0] or len(proj[0]) < 2:
             raise ValueError(
                 "the affinity compares at least 2 local crops of at least 2 images, and local_proj matches local_pred "
-                f"in both; got {_shapes(proj)} for local_proj and {_shapes(preds)} for local_pred. "
+                f"in both; got {shapes(proj)} for local_proj and {shapes(preds)} for local_pred. "
                 "Use a larger batch (drop_last=True), more local crops, or affinity=None."
             )
-        z = torch.stack(proj)
-        local_local = local_local_loss(self.affinity, z, repulsion=self.repulsion, overlap=local_overlap)
-        affinity = affinity_loss(
-            self.affinity, z, form=self.affinity_loss, noise=self.positive_noise / math.sqrt(z.shape[-1])
+        local_local, affinity = affinity_terms(
+            self.affinity,
+            proj,
+            repulsion=self.repulsion,
+            overlap=local_overlap,
+            form=self.affinity_loss,
+            noise=self.positive_noise / math.sqrt(proj[0].shape[1]),
         )
-        weight: float | Tensor = self.local_weight
-        if self.gradient_ratio is not None:
+        if self.gradient_ratio is None:
+            total = total.add(local_local, alpha=self.local_weight)
+        else:
             source = [local_proj] if isinstance(local_proj, Tensor) else proj
-            weight = _capped_weight(pull, local_local, source, self.gradient_ratio)
-        return LoGoTerms(total + weight * local_local + affinity, global_global, local_global, local_local, affinity)
+            total = total + _capped_weight(pull, local_local, source, self.gradient_ratio) * local_local
+        return LoGoTerms(total + affinity, global_global, local_global, local_local, affinity)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of the options."""
@@ -292,142 +287,12 @@ class LoGoLoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
-def with_preset(name: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `LoGoLoss`: the given ones over those of a preset.
-
-    Args:
-        name: A key of `PRESETS`, or None for no preset.
-        options: What was given; None counts as not given. Either of `local_weight` and `gradient_ratio`
-            replaces both of the preset's, since they exclude each other.
-
-    Raises:
-        ValueError: If there is no such preset.
-    """
-    preset = {} if name is None else PRESETS[_choice("preset", name, tuple(PRESETS))]
-    given = {option: value for option, value in options.items() if value is not None}
-    if given.keys() & {"local_weight", "gradient_ratio"}:
-        preset = preset | {"local_weight": None, "gradient_ratio": None}
-    return preset | given
-
-
-def negative_cosine(pred: Tensor, target: Tensor) -> Tensor:
-    """Negative cosine similarity, mean over the batch (SimSiam, BYOL): (N, D), (N, D) -> scalar in [-1, 1]."""
-    return -F.cosine_similarity(full_precision(pred), full_precision(target), dim=-1).mean()
-
-
-def info_nce(pred: Tensor, target: Tensor, *, queue: Tensor | None = None, temperature: float = 0.2) -> Tensor:
-    """InfoNCE of each prediction against its own target (MoCo, https://arxiv.org/abs/1911.05722).
-
-    Args:
-        pred: Online predictions, (N, D); normalised here.
-        target: Targets of the same images, (N, D); normalised here.
-        queue: Negatives, normalised, (D, K) as MoCo keeps them. None takes the targets of the other
-            images in the batch (MoCo v3).
-        temperature: Divides the cosine similarities, > 0.
-
-    Returns:
-        Scalar, computed in float32 also under autocast.
-
-    Raises:
-        ValueError: If shapes do not fit, or the temperature is not positive.
-    """
-    _same_shape("pred", [pred], "target", [target])
-    if queue is not None and (queue.ndim != 2 or queue.shape[0] != pred.shape[1]):
-        raise ValueError(f"queue must have shape (D, K) with D = {pred.shape[1]}, got {tuple(queue.shape)}.")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature!r}.")
-    with torch.autocast(pred.device.type, enabled=False):
-        pred, target = (F.normalize(full_precision(x), dim=1) for x in (pred, target))
-        if queue is None:
-            logits = pred @ target.T
-            labels = torch.arange(len(pred), device=pred.device)
-        else:
-            positive = (pred * target).sum(1, keepdim=True)
-            logits = torch.cat([positive, pred @ queue.to(pred)], dim=1)
-            labels = torch.zeros(len(pred), dtype=torch.long, device=pred.device)
-        return F.cross_entropy(logits / temperature, labels)
-
-
-def local_local_loss(
-    affinity: nn.Module, local_proj: Tensor, *, repulsion: str = "softplus", overlap: Tensor | None = None
-) -> Tensor:
-    """Eq. 5: the mean affinity of the local crops of one image, over unordered pairs.
-
-    Args:
-        affinity: The pair scorer; its parameters get no gradient.
-        local_proj: (L, N, D), L >= 2.
-        repulsion: "softplus" or "logit".
-        overlap: Multiplies each pair by 1 - overlap, (pairs, N) in [0, 1]. None multiplies nothing.
-
-    Returns:
-        Scalar; its gradient reaches `local_proj` only.
-
-    Raises:
-        ValueError: If `overlap` has another shape.
-    """
-    first, second = _pairs(local_proj, combinations)
-    if overlap is not None and overlap.shape != (len(first), local_proj.shape[1]):
-        raise ValueError(
-            f"local_overlap must have shape (pairs, N) = {(len(first), local_proj.shape[1])} for "
-            f"{len(local_proj)} local crops, got {tuple(overlap.shape)}. crop_overlap(boxes) gives it."
-        )
-    frozen = {name: parameter.detach() for name, parameter in affinity.named_parameters()}
-    logits: Tensor = functional_call(affinity, frozen, (first, second))
-    repelled = F.softplus(logits) if repulsion == "softplus" else logits
-    return (repelled if overlap is None else (1 - overlap.to(repelled)) * repelled).mean()
-
-
-def affinity_loss(
-    affinity: nn.Module,
-    local_proj: Tensor,
-    *,
-    form: str = "logistic",
-    noise: float | Tensor = 0.0,
-    partner: Tensor | None = None,
-) -> Tensor:
-    """Eq. 6 or the release's logistic form: trains the affinity on detached projections.
-
-    Args:
-        affinity: The pair scorer.
-        local_proj: (L, N, D), L >= 2, N >= 2.
-        form: "logistic" (both orders of each pair) or "difference" (one order, as in local_local).
-        noise: Added to both members of the positive pairs: a standard deviation, or the values (2, N, D).
-        partner: For each image the index of the other image that makes its negative pair, (N,). None
-            rotates the batch by a random non-zero shift, so that no image is its own negative.
-
-    Returns:
-        Scalar; its gradient reaches the parameters of `affinity` only.
-    """
-    z = full_precision(local_proj.detach())
-    first, second = _pairs(z, permutations if form == "logistic" else combinations)
-    n = z.shape[1]
-    if partner is None:
-        shift = torch.randint(1, n, (), device=z.device)
-        partner = (torch.arange(n, device=z.device) + shift) % n
-    if not isinstance(noise, Tensor):
-        noise = noise * torch.randn(2, *z.shape[1:], device=z.device, dtype=z.dtype)
-    logits: Tensor = affinity(
-        torch.cat([first + noise[0], first]),
-        torch.cat([second + noise[1], second[:, partner]]),
-    )
-    positive, negative = logits.chunk(2)
-    if form == "logistic":
-        return F.softplus(-positive).mean() + F.softplus(negative).mean()
-    return negative.mean() - positive.mean()
-
-
-def _mean_target(targets: Sequence[Tensor]) -> Tensor:
-    """The direction of the targets' mean with their mean norm, so that unit targets give a unit target."""
-    stacked = full_precision(torch.stack(list(targets)))
-    mean: Tensor = F.normalize(stacked.mean(0), dim=-1) * stacked.norm(dim=-1, keepdim=True).mean(0)
-    return mean.to(targets[0])
-
-
-def _pairs(views: Tensor, pairing: Callable[[range, int], Iterable[tuple[int, ...]]]) -> list[Tensor]:
-    """First and second members of the pairs of views, each (P, N, D); stacked, since indexing is slow backward."""
-    each = views.unbind(0)
-    sides = zip(*pairing(range(len(each)), 2), strict=True)
-    return [torch.stack([each[i] for i in side]) for side in sides]
+def _takes_pairs(module: nn.Module) -> bool:
+    try:
+        inspect.signature(module.forward).bind(None, None)
+    except TypeError:
+        return False
+    return True
 
 
 def _capped_weight(pull: Tensor, local_local: Tensor, proj: Sequence[Tensor], ratio: float) -> Tensor:
@@ -448,44 +313,3 @@ def _capped_weight(pull: Tensor, local_local: Tensor, proj: Sequence[Tensor], ra
         norms.append(torch.stack(found).norm())
     weight: Tensor = ratio * norms[0] / norms[1].clamp_min(torch.finfo(norms[1].dtype).tiny)
     return weight.clamp(max=1.0)
-
-
-def _views(name: str, value: Views | None) -> list[Tensor]:
-    if isinstance(value, Tensor) and value.ndim != 3:
-        raise ValueError(f"{name} must have shape (V, N, D) or be V tensors (N, D), got a tensor {tuple(value.shape)}.")
-    if value is None or not isinstance(value, (Tensor, list, tuple)):
-        raise ValueError(f"{name} must be a tensor (V, N, D) or V tensors (N, D), got {type(value).__name__}.")
-    views = list(value.unbind(0)) if isinstance(value, Tensor) else list(value)
-    for view in views:
-        if (
-            not isinstance(view, Tensor)
-            or view.ndim != 2
-            or view.shape != views[0].shape
-            or not view.is_floating_point()
-        ):
-            raise ValueError(f"{name} must be floating-point views of one shape (N, D), got {_shapes(views)}.")
-    return views
-
-
-def _same_shape(name: str, views: Sequence[Tensor], other_name: str, others: Sequence[Tensor]) -> None:
-    if not others or views[0].shape != others[0].shape or views[0].ndim != 2:
-        raise ValueError(
-            f"{name} and {other_name} must have the same (N, D), got {_shapes(views)} and {_shapes(others)}."
-        )
-
-
-def _shapes(views: Sequence[object]) -> str:
-    shapes = (str(tuple(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in views)
-    return f"{len(views)} views [{', '.join(shapes)}]"
-
-
-def _weight(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}.")
-    return value
-
-
-def _choice(name: str, value: str, options: tuple[str, ...]) -> str:
-    if value not in options:
-        raise ValueError(f"{name} must be one of {options}, got {value!r}.")
-    return value

@@ -108,7 +108,9 @@ def _recorder(bank: nn.Module) -> _Recorder:
 
 
 @eager
-def read(watched: Watched, host_loss: Tensor, criterion: nn.Module, model: str, *, target_given: bool) -> Observed:
+def read(
+    watched: Watched, host_loss: Tensor, criterion: nn.Module, model: str, *, target_given: bool, others: str = ""
+) -> Observed:
     """What the calls say; those that the loss does not depend on say nothing.
 
     Args:
@@ -117,6 +119,7 @@ def read(watched: Watched, host_loss: Tensor, criterion: nn.Module, model: str, 
         criterion: What was watched.
         model: The model's name, for errors.
         target_given: The user says what the targets are, so the criterion's arguments need not tell.
+        others: Other losses of the model, for errors.
 
     Raises:
         RuntimeError: If the criterion's calls are none that local crops can be pulled by; it says why.
@@ -134,9 +137,9 @@ def read(watched: Watched, host_loss: Tensor, criterion: nn.Module, model: str, 
     used = [(weight, call) for weight, call in zip(weights, learning, strict=True) if weight is not None]
     if not used:
         for call in watched.calls:  # says why, where the arguments do
-            _read_call(call, criterion, name, target_given)
+            _read_call(call, criterion, name, others)
         raise RuntimeError(f"the loss does not depend on {name}, which LoGo observes; name another with criterion=.")
-    parts = [_read_call(call, criterion, name, target_given) for _, call in used]
+    parts = [_read_call(call, criterion, name, others) for _, call in used]
     if len({part.mutual for part in parts}) > 1:
         raise RuntimeError(
             f"{name} was called both with and without targets that carry gradient. Use LoGoLoss directly."
@@ -153,7 +156,7 @@ def read(watched: Watched, host_loss: Tensor, criterion: nn.Module, model: str, 
     return Observed(
         scale,
         torch.stack([weight * call.value for weight, call in used]).sum() / scale,
-        sum(part.pairs for part in parts),
+        sum(1 if target_given and part.mutual else part.pairs for part in parts),
         [pred for part in parts for pred in part.preds],
         parts[0].mutual,
         list({id(target): target for part in parts for target in part.targets}.values()),
@@ -204,7 +207,7 @@ class _Part(NamedTuple):
     similarity: Similarity
 
 
-def _read_call(call: Call, criterion: nn.Module, name: str, target_given: bool) -> _Part:
+def _read_call(call: Call, criterion: nn.Module, name: str, others: str) -> _Part:
     """The row of the table of criteria (docs/methods.md) that a call falls into."""
     given: dict[Key, Any] = dict([*enumerate(call.args), *call.kwargs.items()])
     if len(given) == 2 and all(isinstance(a, (tuple, list)) and len(a) == 2 for a in given.values()):
@@ -225,8 +228,8 @@ def _read_call(call: Call, criterion: nn.Module, name: str, target_given: bool) 
         )
         raise RuntimeError(
             f"{name} was called with {shapes or 'no tensors'}, and LoGo extends losses of two views, a prediction "
-            "(N, D) and a target (N, D): masks, dense maps, prototypes and labels are beyond it. If the model has a "
-            "loss of two views beside this one, name it with criterion=."
+            "(N, D) and a target (N, D): masks, dense maps, prototypes and labels are beyond it."
+            + (f" If one of {others} is such a loss, name it with criterion=." if others else "")
         )
     keys, carries = list(tensors), [value.requires_grad for value in tensors.values()]
     if not any(carries):
@@ -236,8 +239,7 @@ def _read_call(call: Call, criterion: nn.Module, name: str, target_given: bool) 
         )
     if all(carries):
         sides = list(tensors.values())
-        pairs = 1 if target_given else 2
-        return _Part(sides, True, [side.detach() for side in sides], pairs, _repeat(criterion, call, *keys))
+        return _Part(sides, True, [side.detach() for side in sides], 2, _repeat(criterion, call, *keys))
     if not carries[0]:
         keys.reverse()
     return _Part([tensors[keys[0]]], False, [tensors[keys[1]].detach()], 1, _repeat(criterion, call, *keys))

@@ -35,6 +35,7 @@ def wrap(
     target: str | Callable[[Tensor], Tensor] | None = None,
     step: Callable[[Any, list[Tensor]], Tensor] | None = None,
     concat_local_crops: bool = False,
+    checkpoint_local_crops: bool = False,
     weigh_overlap: bool = False,
     local_predictor: bool = False,
     **others: Any,
@@ -76,6 +77,8 @@ def wrap(
         step: For a plain module whose loop LoGo does not know: (model, global views) -> loss, as the loop computes it.
         concat_local_crops: Forward all local crops as one batch. Faster on small crops, but their BatchNorm statistics
             are then shared.
+        checkpoint_local_crops: Compute what the backbone keeps of local crops again in backward, instead of keeping
+            it: memory of two views, time of one forward more per local crop.
         weigh_overlap: Multiply the repulsion of two local crops by 1 - IoU of their boxes. Needs
             `MultiCropCollate(return_boxes=True)`; a plain module takes them as `model(views, boxes)`.
         local_predictor: Give local crops a predictor of their own (MULAN, arXiv 2602.05845): a copy of the model's,
@@ -128,7 +131,12 @@ def wrap(
 
 
 def unknown_option(name: str, valid: Iterable[str], prefix: str = "") -> str:
-    """What an adapter says of an option that is none of `valid`: the nearest one, and all of them."""
+    """What an adapter says of an option that is none of `valid`: what is near, if anything is, and all of them."""
     valid = sorted(valid)
-    nearest = difflib.get_close_matches(name, valid, n=1, cutoff=0)[0]
-    return f"unknown option {prefix}{name}; did you mean {prefix}{nearest}? There are {', '.join(valid)}."
+    near = ["local_weight"] if name.strip("_").lower() in _LAMBDA and "local_weight" in valid else []
+    near = near or difflib.get_close_matches(name, valid, n=1) or [v for v in valid if name in v.split("_")][:3]
+    asked = f"; did you mean {' or '.join(prefix + v for v in near)}?" if near else "."
+    return f"unknown option {prefix}{name}{asked} There are {', '.join(valid)}."
+
+
+_LAMBDA = ("lambda", "lamda", "lambd", "lmbda", "lam")

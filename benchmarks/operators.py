@@ -1,0 +1,75 @@
+"""How many operators LoGo's terms dispatch in a step: on a GPU each is a kernel launch, whatever the batch.
+
+    python benchmarks/operators.py
+
+Counted by `TorchDispatchMode`, on the CPU: the loss forward and backward, from predictions and projections to their
+gradients and the affinity's; 2 global and `--local-crops` local crops. Views and bare allocations launch nothing and
+are not counted; kernels that one operator launches itself (a reduction's second pass) are not told apart.
+"""
+
+import argparse
+from collections import Counter
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from logo_plugin import Affinity, LoGoLoss, info_nce
+
+_FREE = ("aten::detach", "aten::_unsafe_view", "aten::empty", "aten::new_empty", "aten::new_empty_strided")
+IMAGES, FEATURES = 16, 32
+
+
+class Count(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if not operator.is_view and operator._schema.name not in _FREE:
+            self.found[operator._schema.name.removeprefix("aten::")] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+def count(local_crops=2, **options):
+    """Operators of one step."""
+    criterion = LoGoLoss(**options)
+    views = [
+        [torch.randn(IMAGES, FEATURES, requires_grad=g) for _ in range(n)]
+        for n, g in ((2, True), (2, False), (local_crops, True), (local_crops, True))
+    ]
+    names = ("global_pred", "global_target", "local_pred", "local_proj")
+    inputs = [*views[0], *views[2], *(views[3] if criterion.affinity else ()), *criterion.parameters()]
+    with Count() as counting:
+        total = criterion(**dict(zip(names, views, strict=True))).total
+        torch.autograd.grad(total, inputs)
+    return counting.found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--local-crops", type=int, default=2)
+    parser.add_argument("--names", action="store_true", help="which operators LoGo adds to multi-crop, with cosine")
+    arguments = parser.parse_args()
+    similarities = {
+        "cosine": "cosine",
+        "InfoNCE in the batch": info_nce,
+        "InfoNCE with a queue": partial(info_nce, queue=F.normalize(torch.randn(FEATURES, 64), dim=0)),
+        "a callable (4 operators)": lambda pred, target: (pred - target).square().mean(),
+    }
+    print(f"torch {torch.__version__}, 2 global and {arguments.local_crops} local crops, forward and backward")
+    print(f"{'similarity':26}{'multi-crop':>12}{'LoGo':>8}{'more':>8}{'LayerNorm':>12}")
+    for name, similarity in similarities.items():
+        counted = partial(count, arguments.local_crops, similarity=similarity)
+        plain, logo = counted().total(), counted(affinity=Affinity(FEATURES)).total()
+        layer = counted(affinity=Affinity(FEATURES, norm="layer")).total()
+        print(f"{name:26}{plain:12}{logo:8}{logo - plain:8}{layer:12}")
+    if arguments.names:
+        more = count(arguments.local_crops, affinity=Affinity(FEATURES))
+        more.subtract(count(arguments.local_crops))
+        print(", ".join(f"{name} {n:+}" for name, n in more.most_common() if n))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The two terms that an affinity gives: the repulsion of local crops, and what trains the affinity."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from logo_plugin.affinity import Affinity, full_precision
+from logo_plugin.checks import overlap_in_range
+
+
+def affinity_terms(
+    affinity: nn.Module,
+    local_proj: Sequence[Tensor],
+    *,
+    repulsion: str = "softplus",
+    overlap: Tensor | None = None,
+    form: str = "logistic",
+    noise: float | Tensor = 0.0,
+    partner: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`local_local_loss` and `affinity_loss` of the same crops, by an `Affinity` in one pass.
+
+    Args:
+        affinity: The pair scorer.
+        local_proj: L tensors (N, D), L >= 2, N >= 2.
+        repulsion: As in `local_local_loss`.
+        overlap: As in `local_local_loss`.
+        form: As in `affinity_loss`.
+        noise: As in `affinity_loss`.
+        partner: As in `affinity_loss`.
+    """
+    repelled, trained = _repelled_pairs(local_proj), _trained_pairs(local_proj, form, noise, partner)
+    count = len(repelled) // 2
+    if type(affinity).forward is Affinity.forward:
+        logits = affinity(_side_by_side(repelled + trained), frozen=count)
+        looked_at, positive, negative = logits.split([count, *[len(trained) // 4] * 2], dim=1)
+    else:
+        looked_at = _looked_at(affinity, _side_by_side(repelled))
+        positive, negative = _scored(affinity, _side_by_side(trained)).chunk(2, dim=1)
+    return _repulsion(looked_at, repulsion, overlap), _training(positive, negative, form)
+
+
+def local_local_loss(
+    affinity: nn.Module, local_proj: Tensor, *, repulsion: str = "softplus", overlap: Tensor | None = None
+) -> Tensor:
+    """Eq. 5: the mean affinity of the local crops of one image, over unordered pairs.
+
+    Args:
+        affinity: The pair scorer; its parameters get no gradient.
+        local_proj: (L, N, D), L >= 2.
+        repulsion: "softplus" or "logit".
+        overlap: Multiplies each pair by 1 - overlap, (pairs, N) in [0, 1]. None multiplies nothing.
+
+    Returns:
+        Scalar; its gradient reaches `local_proj` only.
+
+    Raises:
+        ValueError: If `overlap` is not (pairs, N), floating-point and in [0, 1]. On a GPU, where looking at the values
+            would make it wait, those out of range make the result nan.
+    """
+    return _repulsion(_looked_at(affinity, _side_by_side(_repelled_pairs(local_proj))), repulsion, overlap)
+
+
+def affinity_loss(
+    affinity: nn.Module,
+    local_proj: Tensor,
+    *,
+    form: str = "logistic",
+    noise: float | Tensor = 0.0,
+    partner: Tensor | None = None,
+) -> Tensor:
+    """Eq. 6 or the release's logistic form: trains the affinity on detached projections.
+
+    Args:
+        affinity: The pair scorer.
+        local_proj: (L, N, D), L >= 2, N >= 2.
+        form: "logistic" (both orders of each pair) or "difference" (one order, as in local_local).
+        noise: Added to both members of the positive pairs: a standard deviation, or the values (2, N, D).
+        partner: For each image the index of the other image that makes its negative pair, (N,). None
+            rotates the batch by a random non-zero shift, so that no image is its own negative.
+
+    Returns:
+        Scalar; its gradient reaches the parameters of `affinity` only.
+    """
+    logits = _scored(affinity, _side_by_side(_trained_pairs(local_proj, form, noise, partner)))
+    positive, negative = logits.chunk(2, dim=1)
+    return _training(positive, negative, form)
+
+
+def _repelled_pairs(local_proj: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """The members (N, D) of the pairs, one after the other."""
+    views = [full_precision(view) for view in local_proj]
+    return [views[k] for i in range(len(views)) for j in range(i + 1, len(views)) for k in (i, j)]
+
+
+def _trained_pairs(
+    local_proj: Tensor | Sequence[Tensor], form: str, noise: float | Tensor, partner: Tensor | None
+) -> list[Tensor]:
+    """The same of the positive pairs, then of the negative ones; detached."""
+    count, (images, features) = len(local_proj), local_proj[0].shape
+    z = torch.cat([full_precision(view.detach()) for view in local_proj], dim=1).view(images, count, features)
+    if partner is None:
+        # A negative index counts from the end: the rotation without a remainder.
+        shift = torch.randint(1 - images, 0, (), device=z.device)
+        partner = torch.arange(images, device=z.device) + shift
+    other = z[partner]
+    if isinstance(noise, Tensor):
+        noisy = z[:, None] + noise.transpose(0, 1)[:, :, None]
+    elif noise:
+        noisy = z[:, None].add(z.new_empty(images, 2, 1, features).normal_(), alpha=noise)
+    else:
+        noisy = z[:, None].expand(-1, 2, -1, -1)
+    pairs = [(i, j) for i in range(count) for j in range(count) if (i != j if form == "logistic" else i < j)]
+    positive = [noisy[:, side, k[side]] for k in pairs for side in (0, 1)]
+    return positive + [(z, other)[side][:, k[side]] for k in pairs for side in (0, 1)]
+
+
+def _side_by_side(members: Sequence[Tensor]) -> Tensor:
+    """(N, P, 2 D), which a single copy makes."""
+    images, features = members[0].shape
+    return torch.cat(list(members), dim=1).view(images, -1, 2 * features)
+
+
+def _looked_at(affinity: nn.Module, pairs: Tensor) -> Tensor:
+    frozen = {name: parameter.detach() for name, parameter in affinity.named_parameters()}
+    return _scored(affinity, pairs, frozen)
+
+
+def _scored(affinity: nn.Module, pairs: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
+    """Logits (N, P) of any affinity, asked as a user would."""
+    first, second = pairs.transpose(0, 1).chunk(2, dim=-1)
+    out = affinity(first, second) if parameters is None else functional_call(affinity, parameters, (first, second))
+    if not isinstance(out, Tensor) or out.shape != first.shape[:-1]:
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(
+            f"the affinity must map two tensors (P, N, D) = {tuple(first.shape)} to logits (P, N), and "
+            f"{type(affinity).__name__} gave {got}. logo_plugin.Affinity(dim) does."
+        )
+    return out.T
+
+
+def _repulsion(logits: Tensor, form: str, overlap: Tensor | None) -> Tensor:
+    repelled = F.softplus(logits) if form == "softplus" else logits
+    if overlap is not None:
+        repelled = (1 - overlap_in_range(overlap, *logits.T.shape).T.to(repelled)) * repelled
+    return repelled.mean()
+
+
+def _training(positive: Tensor, negative: Tensor, form: str) -> Tensor:
+    if form == "logistic":
+        return (F.softplus(negative) - F.logsigmoid(positive)).mean()  # -logsigmoid(x) is softplus(-x)
+    return (negative - positive).mean()

@@ -1,0 +1,91 @@
+"""What arguments must be, and the messages when they are not."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Views = Tensor | Sequence[Tensor]
+
+
+def as_views(name: str, value: Views | None) -> list[Tensor]:
+    """The views of (V, N, D) or of V tensors (N, D); ValueError if it is neither, or empty in N or D."""
+    if isinstance(value, Tensor) and value.ndim != 3:
+        raise ValueError(f"{name} must have shape (V, N, D) or be V tensors (N, D), got a tensor {tuple(value.shape)}.")
+    if value is None or not isinstance(value, (Tensor, list, tuple)):
+        raise ValueError(f"{name} must be a tensor (V, N, D) or V tensors (N, D), got {type(value).__name__}.")
+    views = list(value.unbind(0)) if isinstance(value, Tensor) else list(value)
+    for view in views:
+        if (
+            not isinstance(view, Tensor)
+            or view.ndim != 2
+            or view.shape != views[0].shape
+            or not view.is_floating_point()
+        ):
+            raise ValueError(f"{name} must be floating-point views of one shape (N, D), got {shapes(views)}.")
+    if views and not views[0].numel():
+        raise ValueError(f"{name} needs at least one image and one feature, got {shapes(views)}; skip empty batches.")
+    return views
+
+
+def same_shape(name: str, views: Sequence[Tensor], other_name: str, others: Sequence[Tensor]) -> None:
+    """ValueError unless the first of both are (N, D) and equal in shape."""
+    if not others or views[0].shape != others[0].shape or views[0].ndim != 2:
+        raise ValueError(
+            f"{name} and {other_name} must have the same (N, D), got {shapes(views)} and {shapes(others)}."
+        )
+
+
+def shapes(views: Sequence[object]) -> str:
+    """For messages."""
+    found = (str(tuple(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in views)
+    return f"{len(views)} views [{', '.join(found)}]"
+
+
+def overlap_in_range(overlap: Tensor, pairs: int, images: int) -> Tensor:
+    """The overlap as given if it is (pairs, N) in [0, 1].
+
+    Looking at values makes a GPU wait, and a graph break under `torch.compile`. There values out of range become
+    nan, and local_local with them: loud, late.
+    """
+    if not isinstance(overlap, Tensor) or not overlap.is_floating_point():
+        got = overlap.dtype if isinstance(overlap, Tensor) else type(overlap).__name__
+        raise ValueError(f"local_overlap must be a floating-point tensor, got {got}. crop_overlap(boxes) gives it.")
+    if overlap.shape != (pairs, images):
+        raise ValueError(
+            f"local_overlap must have shape (pairs, N) = {(pairs, images)}, a row for each pair of local crops, "
+            f"got {tuple(overlap.shape)}. crop_overlap(boxes) gives it."
+        )
+    inside = (overlap >= 0) & (overlap <= 1)
+    if overlap.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.where(inside, overlap, math.nan)
+    if not inside.all():
+        wrong = overlap[~inside]
+        raise ValueError(
+            f"local_overlap must be in [0, 1], got {wrong.numel()} values that are not, such as {wrong[0].item():g}. "
+            "Give the intersection over union of the crops, as crop_overlap(boxes) does."
+        )
+    return overlap
+
+
+def weight(name: str, value: float) -> float:
+    """The value if it is a finite number >= 0, else ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}.")
+    return value
+
+
+def choice(name: str, value: str, options: tuple[str, ...]) -> str:
+    """The value if it is one of the options, else ValueError."""
+    if value not in options:
+        raise ValueError(f"{name} must be one of {options}, got {value!r}.")
+    return value
+
+
+def positive_integer(name: str, value: int, *, least: int = 1) -> int:
+    """The value if it is an integer >= `least`, else ValueError."""
+    if type(value) is not int or value < least:
+        expected = "a positive integer" if least == 1 else f"an integer >= {least}"
+        raise ValueError(f"{name} must be {expected}, got {value!r}.")
+    return value

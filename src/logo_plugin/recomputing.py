@@ -1,0 +1,42 @@
+"""Local crops without their activations: what the backbone computes for them is computed again in backward."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from logo_plugin.local_predictor import stand_in
+from logo_plugin.modes import kept_statistics
+
+
+@contextmanager
+def recomputed(backbone: nn.Module | None) -> Iterator[None]:
+    """While it lasts, the backbone keeps no activations for backward but computes them again there.
+
+    Random numbers and autocast are then those of the forward, and BatchNorm's running statistics move once. With
+    None, nothing changes.
+
+    Raises:
+        RuntimeError: If nobody called the backbone.
+    """
+    if backbone is None:
+        yield
+        return
+    forward, calls = backbone.forward, []
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), kept_statistics(backbone)
+
+    def cheap(*args: Any, **kwargs: Any) -> Any:
+        calls.append(len(args))
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+    with stand_in(backbone, cheap):
+        yield
+    if not calls:
+        raise RuntimeError(
+            f"checkpoint_local_crops=True, but nothing called the backbone ({type(backbone).__name__}) as a whole for "
+            "local crops, so their activations stay in memory. Call it as backbone(images), or go without the option."
+        )

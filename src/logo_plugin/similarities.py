@@ -1,0 +1,124 @@
+"""How near a prediction is to a target: the cosine, InfoNCE, and the mean of either over pairs of views."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from logo_plugin.affinity import full_precision
+from logo_plugin.checks import same_shape
+
+Similarity = Callable[[Tensor, Tensor], Tensor]
+
+
+def negative_cosine(pred: Tensor, target: Tensor) -> Tensor:
+    """Negative cosine similarity, mean over the batch (SimSiam, BYOL): (N, D), (N, D) -> scalar in [-1, 1]."""
+    return -(_unit(pred) * _unit(target)).sum(-1).mean(-1)
+
+
+def info_nce(pred: Tensor, target: Tensor, *, queue: Tensor | None = None, temperature: float = 0.2) -> Tensor:
+    """InfoNCE of each prediction against its own target (MoCo, https://arxiv.org/abs/1911.05722).
+
+    Args:
+        pred: Online predictions, (N, D); normalised here.
+        target: Targets of the same images, (N, D); normalised here.
+        queue: Negatives, normalised, (D, K) as MoCo keeps them. None takes the targets of the other
+            images in the batch (MoCo v3).
+        temperature: Divides the cosine similarities, > 0.
+
+    Returns:
+        Scalar, computed in float32 also under autocast.
+
+    Raises:
+        ValueError: If shapes do not fit, or the temperature is not positive.
+    """
+    same_shape("pred", [pred], "target", [target])
+    return _info_nce(pred, target, queue, temperature)
+
+
+def mean_over_pairs(
+    similarity: Similarity | Sequence[Similarity], preds: Sequence[Tensor], targets: Sequence[Tensor], *, apart: bool
+) -> Tensor:
+    """Mean similarity of views (N, D): of all pairs, or with `apart` of those of two different views.
+
+    The cosine and InfoNCE take all pairs at once, which is a fraction of the kernels; others take them one by one.
+
+    Args:
+        similarity: For all targets, or one for each.
+        preds: Online predictions.
+        targets: Their gradient is not taken; with `apart` one for each prediction.
+        apart: Whether to leave out each prediction's own target.
+    """
+    each = list(similarity) if isinstance(similarity, Sequence) else [similarity] * len(targets)
+    targets = [target.detach() for target in targets]
+    shared = each[0] if all(score is each[0] for score in each) else None
+    if shared is negative_cosine:
+        return _mean_cosine(torch.stack(list(preds)), torch.stack(targets), apart)
+    nce = shared.func if isinstance(shared, partial) and not shared.args else shared
+    options = shared.keywords if isinstance(shared, partial) else {}
+    if nce is info_nce and options.keys() <= {"queue", "temperature"}:
+        p, t = torch.stack(list(preds)), torch.stack(targets)
+        if not apart:
+            p, t = p[:, None], t[None]
+        elif len(t) == 2:
+            t = t.flip(0)
+        else:
+            pairs = [(i, j) for i in range(len(p)) for j in range(len(t)) if i != j]
+            p, t = p[[i for i, _ in pairs]], t[[j for _, j in pairs]]
+        return _info_nce(p, t, options.get("queue"), options.get("temperature", 0.2))
+    return torch.stack(
+        [
+            score(pred, target)
+            for i, pred in enumerate(preds)
+            for j, (score, target) in enumerate(zip(each, targets, strict=True))
+            if i != j or not apart
+        ]
+    ).mean()
+
+
+def mean_target(targets: Sequence[Tensor]) -> Tensor:
+    """The direction of the targets' mean with their mean norm, so that unit targets give a unit target."""
+    stacked = full_precision(torch.stack(list(targets)))
+    mean: Tensor = F.normalize(stacked.mean(0), dim=-1) * stacked.norm(dim=-1, keepdim=True).mean(0)
+    return mean.to(targets[0])
+
+
+def _mean_cosine(preds: Tensor, targets: Tensor, apart: bool) -> Tensor:
+    """The mean over targets of the cosine is the dot product with the mean of their directions."""
+    t = _unit(targets)
+    if not apart:
+        t = t.mean(0)
+    elif len(t) == 2:
+        t = t.flip(0)
+    else:
+        t = (t.sum(0) - t) / (len(t) - 1)
+    return -(_unit(preds) * t).sum(-1).mean(-1).mean()
+
+
+def _info_nce(pred: Tensor, target: Tensor, queue: Tensor | None, temperature: float) -> Tensor:
+    """The mean InfoNCE of pairs of views, (..., N, D) each, which broadcast."""
+    if queue is not None and (queue.ndim != 2 or queue.shape[0] != pred.shape[-1]):
+        raise ValueError(f"queue must have shape (D, K) with D = {pred.shape[-1]}, got {tuple(queue.shape)}.")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature!r}.")
+    with torch.autocast(pred.device.type, enabled=False):
+        pred, target = _unit(pred) / temperature, _unit(target)
+        if queue is None:
+            logits = (pred @ target.mT).flatten(0, -2)
+            images = pred.shape[-2]
+            return F.cross_entropy(logits, torch.arange(images, device=pred.device).repeat(len(logits) // images))
+        # Each prediction meets the queue once, however many targets it has.
+        negatives = torch.logsumexp(pred @ queue.to(pred), -1)
+        positive = (pred * target).sum(-1)
+        # -log of the share of the positive: log(1 + exp(negatives - positive)).
+        return F.softplus(negatives - positive, threshold=40).mean()
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Divided by the norm, unless that is nothing in x's precision: then the gradient, 1 / norm, would overflow."""
+    least = max(1e-8, torch.finfo(x.dtype).tiny)  # the cosine's usual one; in float16 6e-5
+    x = full_precision(x)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(norm > least, norm, 1.0)

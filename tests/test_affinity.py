@@ -1,0 +1,267 @@
+"""The affinity: one pass for two terms, any precision, any BatchNorm, batches that are not finite."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.func import replace_all_batch_norm_modules_
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from logo_plugin import Affinity, LoGoLearner, LoGoLoss
+from logo_plugin.affinity_terms import affinity_loss, affinity_terms, local_local_loss
+
+
+def projections(crops=2, images=6, features=8, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(images, features, generator=generator, dtype=dtype).requires_grad_() for _ in range(crops)]
+
+
+def norms(affinity):
+    return [module for module in affinity.modules() if isinstance(module, _BatchNorm)]
+
+
+def buffers(module):
+    return {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+@pytest.mark.parametrize("crops", [2, 4])
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+@pytest.mark.parametrize("form", ["logistic", "difference"])
+@pytest.mark.parametrize("training", [True, False])
+def test_one_pass_gives_what_two_would(crops, norm, form, training):
+    """Values and every gradient: of the repulsion at the projections only, of the loss at the parameters only."""
+    found = []
+    for together in (True, False):
+        affinity = Affinity(8, 16, norm=norm).double()
+        affinity.load_state_dict(state_of(norm))
+        affinity.train(training)
+        z = projections(crops)
+        partner, noise = torch.arange(6).roll(1), torch.randn(2, 6, 8, dtype=torch.float64, generator=seeded(1))
+        options = {"form": form, "noise": noise, "partner": partner}
+        if together:
+            terms = affinity_terms(affinity, z, repulsion="softplus", **options)
+        else:
+            terms = local_local_loss(affinity, torch.stack(z)), affinity_loss(affinity, torch.stack(z), **options)
+        (3 * terms[0] + terms[1]).backward()
+        found.append([*(t.detach() for t in terms), *(v.grad for v in z), *(p.grad for p in affinity.parameters())])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def state_of(norm):
+    torch.manual_seed(0)
+    affinity = Affinity(8, 16, norm=norm).double()
+    with torch.no_grad():
+        for parameter in affinity.parameters():
+            parameter.add_(torch.rand_like(parameter))
+        for name, buffer in affinity.named_buffers():
+            if "running" in name:
+                buffer.add_(torch.rand_like(buffer))
+    return affinity.state_dict()
+
+
+def test_subclasses_and_other_modules_are_asked_as_a_user_would():
+    class Mine(Affinity):
+        def forward(self, first, second):
+            assert first.shape == second.shape
+            return super().forward(first, second)
+
+    class Bad(nn.Module):
+        def forward(self, first, second):
+            return (first * second).unsqueeze(-1)
+
+    results = []
+    for cls in (Affinity, Mine):
+        torch.manual_seed(0)
+        affinity = cls(8, 16).double()
+        results.append(
+            [float(t.detach()) for t in affinity_terms(affinity, projections(), partner=torch.arange(6).roll(1))]
+        )
+    assert results[0] == pytest.approx(results[1], rel=1e-10)
+    with pytest.raises(ValueError, match=r"\(P, N, D\) = \(1, 6, 8\) to logits \(P, N\), and Bad gave \(1, 6, 8, 1\)"):
+        affinity_terms(Bad(), projections())
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("inputs", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_any_precision_is_computed_in_float32_at_least(weights, inputs, norm):
+    torch.manual_seed(0)
+    affinity = Affinity(8, 16, norm=norm).to(weights)
+    z = projections(dtype=inputs)
+    expected = copy.deepcopy(affinity).double()(z[0].double(), z[1].double())
+    logits = affinity(*z)
+    assert logits.dtype == (torch.float64 if torch.float64 in (weights, inputs) else torch.float32)
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
+    options = {"gradient_ratio": 0.1} if norm == "batch" else {"local_weight": 0.1}
+    criterion = LoGoLoss(affinity=affinity, **options)
+    terms = criterion(global_pred=projections(2), global_target=projections(2, seed=1), local_pred=z)
+    terms.total.backward()
+    assert all(term.isfinite() for term in terms)
+    assert {p.grad.dtype for p in affinity.parameters()} == {weights}
+    assert z[0].grad.dtype == inputs
+    assert z[0].grad.isfinite().all()
+    assert {b.dtype for name, b in affinity.named_buffers() if "running" in name} <= {weights}
+    affinity.eval()(*z)
+
+
+@pytest.mark.parametrize("method", ["byol", "simsiam", "moco"])
+@pytest.mark.parametrize("options", [{}, {"gradient_ratio": 0.1}, {"affinity_loss": "difference"}])
+def test_a_whole_model_in_half_precision(method, options):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    queue = {"queue_size": 16} if method == "moco" else {}
+    learner = LoGoLearner(net, method, image_size=(16, 12), hidden_dim=16, output_dim=8, **queue, **options)
+    learner.to(torch.bfloat16)
+    for _ in range(2):
+        loss = learner([torch.randn(4, 3, side, side, dtype=torch.bfloat16) for side in (16, 16, 12, 12)])
+        loss.backward()
+        assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in learner.parameters() if p.grad is not None)
+
+
+def poisoned(kind):
+    z = projections(dtype=torch.float32)
+    with torch.no_grad():
+        z[0][0, 0] = kind
+    return z
+
+
+@pytest.mark.parametrize("kind", [math.nan, math.inf, 1e38])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_one_bad_batch_does_not_stay_in_the_running_statistics(kind, momentum):
+    """GradScaler skips such a step; the buffers must, too. A bad batch among good ones counts for nothing."""
+    torch.manual_seed(0)
+    affinity, twin = Affinity(8, 16), Affinity(8, 16)
+    twin.load_state_dict(affinity.state_dict())
+    for module in (affinity, twin):
+        for norm in norms(module):
+            norm.momentum = momentum
+    for number in range(3):
+        good = projections(seed=number, dtype=torch.float32)
+        for module in (affinity, twin):
+            torch.manual_seed(number)
+            affinity_terms(module, good)
+            affinity_loss(module, torch.stack(good))
+        affinity_terms(affinity, poisoned(kind))
+        affinity(*poisoned(kind))
+    for name, buffer in buffers(affinity).items():
+        if "running" in name:
+            torch.testing.assert_close(buffer, buffers(twin)[name])
+    assert affinity.eval()(*projections(dtype=torch.float32)).isfinite().all()
+
+
+def test_running_statistics_are_those_of_the_trained_pairs():
+    """By hand: the mean over the batches of same-image and other-image pairs, with the momentum of BatchNorm."""
+    affinity = Affinity(8, 16).double()
+    z, partner = projections(), torch.arange(6).roll(1)
+    affinity_terms(affinity, z, partner=partner)
+    sides = [(z[0], z[1]), (z[1], z[0]), (z[0], z[1][partner]), (z[1], z[0][partner])]
+    hidden = torch.stack([affinity.mlp[0](torch.cat(side, 1)) for side in sides])
+    norm = affinity.mlp[1]
+    torch.testing.assert_close(norm.running_mean, 0.1 * hidden.mean(1).mean(0))
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * hidden.var(1).mean(0))
+    assert norm.num_batches_tracked == 4
+
+
+@pytest.mark.parametrize("momentum", [None, 0.3])
+def test_batches_at_once_are_tracked_as_several_calls(momentum):
+    """Without momentum BatchNorm keeps the mean of all batches: SWA's `update_bn` works so."""
+    z = [torch.stack(projections(3, seed=seed)) for seed in range(4)]
+    affinity = Affinity(8, 16).double()
+    plain = copy.deepcopy(affinity)
+    for module in (affinity, plain):
+        for norm in norms(module):
+            norm.momentum = momentum
+    for first, second in zip(z[::2], z[1::2], strict=True):
+        affinity(first, second)
+        hidden = torch.cat([first, second], -1)
+        if momentum is None:
+            for pair in hidden:  # as torch's own layers do it, call by call
+                plain.mlp(pair)
+        else:
+            means = plain.mlp[0](hidden).mean(1).mean(0)
+            plain.mlp[1].running_mean.lerp_(means.detach(), momentum)
+    torch.testing.assert_close(affinity.mlp[1].running_mean, plain.mlp[1].running_mean)
+    if momentum is None:
+        for (name, one), two in zip(affinity.named_buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(one, two, msg=name)
+
+
+def no_affine(affinity):
+    for i in (1, 4):
+        affinity.mlp[i] = nn.BatchNorm1d(16, affine=False)
+
+
+def not_tracked(affinity):
+    for i in (1, 4):
+        affinity.mlp[i] = nn.BatchNorm1d(16, track_running_stats=False)
+
+
+def one_frozen(affinity):
+    affinity.mlp[1].eval()
+
+
+def other_widths(affinity):
+    affinity.mlp[3], affinity.mlp[4], affinity.mlp[6] = nn.Linear(16, 12), nn.BatchNorm1d(12), nn.Linear(12, 1)
+
+
+def synchronised(affinity):
+    affinity.mlp = nn.SyncBatchNorm.convert_sync_batchnorm(affinity.mlp)
+
+
+def one_without_momentum(affinity):
+    affinity.mlp[4].momentum = None
+
+
+def no_bias(affinity):
+    affinity.mlp[3] = nn.Linear(16, 16, bias=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [no_affine, not_tracked, replace_all_batch_norm_modules_, one_frozen, other_widths, synchronised, no_bias,
+     one_without_momentum],
+)  # fmt: skip
+@pytest.mark.parametrize("training", [True, False])
+def test_other_batch_norms(change, training):
+    """Pair by pair as torch's own layers compute it, in one pass and in two."""
+    torch.manual_seed(0)
+    affinity = Affinity(8, 16).train(training)
+    change(affinity)
+    affinity.double()
+    z = projections()
+    plain = copy.deepcopy(affinity.mlp)
+    if change is synchronised and training:  # torch's refuses tensors on the CPU in training
+        plain = nn.Sequential(*(nn.BatchNorm1d(16).double() if isinstance(m, _BatchNorm) else m for m in plain))
+    expected = nn.functional.softplus(plain(torch.cat(z, 1)).squeeze(1)).mean()
+    before = {name for name, _ in affinity.named_buffers()}
+    local_local, trained = affinity_terms(affinity, z)
+    torch.testing.assert_close(local_local, expected)
+    (local_local + trained).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in affinity.parameters())
+    assert {name for name, _ in affinity.named_buffers()} == before
+    torch.testing.assert_close(affinity(*z), plain(torch.cat(z, 1)).squeeze(1))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_one_pass_compiles(norm):
+    """With LayerNorm, and with BatchNorm without momentum; the usual one is in test_losses."""
+    torch.manual_seed(0)
+    affinity = Affinity(8, 16, norm=norm)
+    if norm == "batch":
+        one_without_momentum(affinity)
+    twin, partner = copy.deepcopy(affinity), torch.arange(6).roll(1)
+    compiled = torch.compile(affinity_terms, fullgraph=True, backend="aot_eager")
+    expected = affinity_terms(affinity, projections(dtype=torch.float32), partner=partner)
+    found = compiled(twin, projections(dtype=torch.float32), partner=partner)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    for (name, one), other in zip(twin.named_buffers(), affinity.buffers(), strict=True):
+        torch.testing.assert_close(one, other, msg=name)

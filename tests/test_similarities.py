@@ -1,0 +1,103 @@
+"""Stacked similarities: all pairs at once give what one by one does, and predictions of zero a finite gradient."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from logo_plugin import LoGoLoss, info_nce
+from logo_plugin.similarities import mean_over_pairs, negative_cosine
+
+
+def views(count, seed, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(5, 8, generator=generator, dtype=dtype).requires_grad_() for _ in range(count)]
+
+
+QUEUE = F.normalize(torch.randn(8, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), dim=0)
+STACKED = {
+    "cosine": negative_cosine,
+    "in the batch": info_nce,
+    "temperature": partial(info_nce, temperature=0.07),
+    "queue": partial(info_nce, queue=QUEUE, temperature=0.1),
+}
+
+
+@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_at_once_as_one_by_one(name, apart, count):
+    results = []
+    for score in (STACKED[name], lambda p, t: STACKED[name](p, t)):  # a lambda is nothing we know
+        preds, targets = views(count if apart else 3, 1), views(count, 2)
+        value = mean_over_pairs(score, preds, targets, apart=apart)
+        value.backward()
+        assert all(target.grad is None for target in targets)
+        results.append([value.detach(), *(p.grad for p in preds)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_info_nce_longhand():
+    """Against cross-entropy over the written-out logits, with and without a queue."""
+    pred, target = (F.normalize(views(1, seed)[0], dim=1) for seed in (1, 2))
+    in_batch = F.cross_entropy(pred @ target.T / 0.1, torch.arange(5))
+    torch.testing.assert_close(info_nce(3 * pred, 2 * target, temperature=0.1), in_batch)
+    logits = torch.cat([(pred * target).sum(1, keepdim=True), pred @ QUEUE], 1) / 0.1
+    with_queue = F.cross_entropy(logits, torch.zeros(5, dtype=torch.long))
+    torch.testing.assert_close(info_nce(pred, target, queue=QUEUE, temperature=0.1), with_queue)
+
+
+def test_other_callables_get_pairs_one_by_one():
+    seen = []
+
+    def similarity(pred, target):
+        seen.append((pred, target))
+        return (pred - target).square().mean()
+
+    g, t, local = views(2, 1), views(2, 2), views(2, 3)
+    LoGoLoss(similarity=similarity)(global_pred=g, global_target=t, local_pred=local)
+    expected = [(g[0], t[1]), (g[1], t[0]), *((p, target) for p in local for target in t)]
+    assert len(seen) == len(expected)
+    for (pred, target), (p, known) in zip(seen, expected, strict=True):
+        assert pred is p
+        assert torch.equal(target, known)
+        assert target.shape == (5, 8)
+        assert not target.requires_grad
+
+
+def test_one_similarity_for_each_target():
+    t, local = views(2, 2), views(2, 3)
+    queues = [QUEUE, QUEUE.flip(1)[:, :5]]
+    scores = [partial(info_nce, queue=queue) for queue in queues]
+    zero = torch.zeros((), dtype=torch.float64)
+    terms = LoGoLoss().extend(
+        zero, global_global=zero, global_pairs=2, global_target=t, local_pred=local, similarity=scores
+    )
+    longhand = sum(info_nce(p, t[j], queue=queues[j]) for p in local for j in (0, 1)) / 4
+    torch.testing.assert_close(terms.local_global, longhand)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", info_nce, STACKED["queue"]], ids=["cosine", "batch", "queue"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_predictions_of_zero_have_a_finite_gradient(similarity, dtype):
+    """A dead ReLU before the loss: 1 / eps was infinite in float16."""
+    pred = [torch.zeros(5, 8, dtype=dtype, requires_grad=True) for _ in range(2)]
+    with torch.no_grad():
+        pred[1][1:] = 1.0  # beside others that are not zero
+    target = views(2, 2, dtype)
+    terms = LoGoLoss(similarity=similarity)(global_pred=pred, global_target=target, local_pred=pred)
+    (1024 * terms.total).backward()  # as a GradScaler does
+    assert terms.total.isfinite()
+    for p in pred:
+        assert p.grad.isfinite().all()
+        assert p.grad.abs().max() > 0
+
+
+def test_the_cosine_is_torchs():
+    pred, target = views(2, 1)
+    expected = -F.cosine_similarity(pred, target).mean()
+    assert torch.equal(negative_cosine(pred, target), expected)
+    got, wanted = (torch.autograd.grad(x, pred)[0] for x in (negative_cosine(pred, target), expected))
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
