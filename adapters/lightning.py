@@ -209,7 +209,11 @@ def _picture_writer(logger: Any) -> Callable[[Tensor, int, int], None] | None:
 
 
 def _views(batch: Any) -> list[Tensor]:
-    """The views of a batch, which both hosts have as a list among its items."""
+    """The views of a batch, which the hosts have as a list among its items, or as dicts with an "image"."""
+    if isinstance(batch, dict):
+        views = batch.get("views", batch)
+        views = views.values() if isinstance(views, dict) else views
+        batch = [[view["image"] if isinstance(view, dict) else view for view in views if not isinstance(view, int)]]
     for item in batch:
         if isinstance(item, (list, tuple)) and item and isinstance(item[0], Tensor) and item[0].ndim == 4:
             return [view for view in item if view.ndim == 4]  # solo-learn's may end with the crops' boxes

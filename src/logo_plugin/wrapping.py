@@ -116,10 +116,15 @@ def wrap(
     for name in others:
         raise TypeError(f"wrap(): {unknown_option(name, options)}")
     settings = Settings(**{field.name: options.pop(field.name) for field in fields(Settings)})
-    if hasattr(cls, "training_step"):
+    stable_base = getattr(sys.modules.get("stable_pretraining.module"), "Module", None)
+    if stable_base is not None and issubclass(cls, stable_base):
+        from logo_plugin.adapters.stable_pretraining.model import mixin_for
+
+        mixin: type[LoGoModel] = mixin_for(cls)
+    elif hasattr(cls, "training_step"):
         from logo_plugin.adapters.lightly import LightningModel
 
-        mixin: type[LoGoModel] = LightningModel
+        mixin = LightningModel
     else:
         from logo_plugin.adapters.pytorch import PlainModel
 
