@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 comma := ,
 # With a clone of solo-learn its tests run too, and need what it needs: make test SOLO_LEARN_ROOT=...
-EXTRAS := test$(if $(SOLO_LEARN_ROOT),$(comma)solo)
+# stable-pretraining brings 30 packages more: make test STABLE=1
+EXTRAS := test$(if $(SOLO_LEARN_ROOT),$(comma)solo)$(if $(STABLE),$(comma)stable)
 
 .PHONY: demo test lint docs notebooks soak clean
 

@@ -165,8 +165,10 @@ class LoGoMonitor(_Callback):
 
     def _report_nonfinite(self, trainer: Any) -> None:
         """The only look at them: it waits for the device."""
-        first = [] if self._first_bad is None else self._first_bad.tolist()
-        found = {name: int(at) for name, at in zip(LoGoTerms._fields, first, strict=False) if 0 <= at < math.inf}
+        if self._first_bad is None:
+            return
+        first = zip(LoGoTerms._fields, self._first_bad.tolist(), strict=True)
+        found = {name: int(at) for name, at in first if 0 <= at < math.inf}
         if not found:
             return
         self._first_bad = torch.full_like(self._first_bad, -1.0)  # once a run
@@ -207,7 +209,11 @@ def _picture_writer(logger: Any) -> Callable[[Tensor, int, int], None] | None:
 
 
 def _views(batch: Any) -> list[Tensor]:
-    """The views of a batch, which both hosts have as a list among its items."""
+    """The views of a batch, which the hosts have as a list among its items, or as dicts with an "image"."""
+    if isinstance(batch, dict):
+        views = batch.get("views", batch)
+        views = views.values() if isinstance(views, dict) else views
+        batch = [[view["image"] if isinstance(view, dict) else view for view in views if not isinstance(view, int)]]
     for item in batch:
         if isinstance(item, (list, tuple)) and item and isinstance(item[0], Tensor) and item[0].ndim == 4:
             return [view for view in item if view.ndim == 4]  # solo-learn's may end with the crops' boxes

@@ -216,6 +216,9 @@ class NumbersOnly(CSVLogger):
     def experiment(self):
         return None
 
+    def log_hyperparams(self, params=None):
+        pass  # stable-pretraining, where it is installed, gives every model some
+
     def log_metrics(self, metrics, step=None):
         self.found = metrics
 

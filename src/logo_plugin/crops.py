@@ -301,27 +301,31 @@ class MultiCropCollate(MultiCropTransform):
         _check(self, "defer", 'None, "normalize" or "augment"', lambda v: v in (None, "normalize", "augment"))
         _check(self, "on_error", '"raise" or "skip"', lambda v: v in ("raise", "skip"))
 
-    def __call__(self, samples: Sequence[Any]) -> list[Any]:  # type: ignore[override]
+    def __call__(self, samples: Sequence[Any]) -> Any:  # type: ignore[override]
         """Makes the views of a batch.
 
         Args:
             samples: N samples (image, target), (image, target, filename) or bare images, an image
-                being whatever `MultiCropTransform` takes.
+                being whatever `MultiCropTransform` takes. Or dicts with an "image", as stable-pretraining has them.
 
         Returns:
             `[views, targets, filenames]` as far as the samples have them, then `CropBoxes` with
             `return_boxes`. Views are in the order globals first, each (N, 3, H, W), float32.
+            For dicts `{"views": [{"image": view, "label": ..., and so on}, ...]}`, with "boxes" beside "views"; with
+            `defer` the other columns are beside "views", too.
 
         Raises:
             ValueError: If an image cannot be decoded; the message names the sample. With
                 `on_error="skip"` only if none of the batch can.
             TypeError: If the samples are of another kind, or torch's `default_collate` can't stack the targets.
         """
+        if samples and all(isinstance(sample, dict) and "image" in sample for sample in samples):
+            return self._of_dicts(samples)
         rows: list[Sequence[Any]] = [s if isinstance(s, (tuple, list)) else (s,) for s in samples]
         if not rows or any(len(row) != len(rows[0]) or not 1 <= len(row) <= 3 for row in rows):
             raise TypeError(
-                "MultiCropCollate expects samples that are all (image, target), (image, target, filename) or images, "
-                f"got {len(rows)} samples with {sorted({len(row) for row in rows})} items."
+                "MultiCropCollate expects samples that are all (image, target), (image, target, filename), images or "
+                f'dicts with an "image", got {len(rows)} samples with {sorted({len(row) for row in rows})} items.'
             )
         views = self._empty(np.float32 if self.defer is None else np.uint8, len(rows))
         recipes: list[list[Recipe]] = []
@@ -350,6 +354,14 @@ class MultiCropCollate(MultiCropTransform):
             boxes = torch.tensor([[recipe.box for recipe in view] for view in per_view], dtype=torch.float32)
             batch.append(CropBoxes(boxes, torch.tensor([[recipe.flip for recipe in view] for view in per_view])))
         return batch
+
+    def _of_dicts(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        rows = [(s["image"], {key: value for key, value in s.items() if key != "image"}) for s in samples]
+        views, columns, *boxes = self(rows)
+        batch = {"boxes": boxes[0]} if boxes else {}
+        if isinstance(views, DeferredViews):
+            return {"views": views, **columns, **batch}
+        return {"views": [{"image": view, **columns} for view in views], **batch}
 
     def _report(self, position: int, row: Sequence[Any], error: Exception) -> None:
         """Raises or warns, naming the sample."""

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from logo_plugin.affinity import full_precision
 from logo_plugin.compiling import eager
 from logo_plugin.losses import Similarity, info_nce
 
@@ -161,6 +162,41 @@ def read(
         list({id(target): target for part in parts for target in part.targets}.values()),
         similarity,
     )
+
+
+@eager
+def read_pairs(
+    pairs: Sequence[tuple[Tensor, Tensor]], similarity: Similarity, host_loss: Tensor, model: str, *, check: bool
+) -> Observed:
+    """What a step shows that calls no criterion, where one knows which pairs it compares, and by what.
+
+    The scale is that of the loss's gradient at the predictions to the similarity's.
+
+    Args:
+        pairs: (prediction, target) of the step, (N, D) each, the predictions with gradient.
+        similarity: (prediction, target) -> scalar.
+        host_loss: What the step computed (scalar).
+        model: The model's name, for errors.
+        check: Whether to compare the two gradients.
+
+    Raises:
+        RuntimeError: If the loss is not a multiple of the similarity, as far as the predictions go.
+    """
+    preds, targets = [pred for pred, _ in pairs], [target.detach() for _, target in pairs]
+    mean = torch.stack([similarity(pred, target) for pred, target in zip(preds, targets, strict=True)]).mean()
+    of_mean, of_loss = (
+        full_precision(torch.cat(torch.autograd.grad(x, preds, retain_graph=True, materialize_grads=True)))
+        for x in (mean, host_loss)
+    )
+    scale = (of_loss * of_mean).sum() / (of_mean * of_mean).sum().clamp_min(1e-30)
+    if check:
+        off = (of_loss - scale * of_mean).abs().max()
+        if not (scale > 0 and off <= 0.05 * of_loss.abs().max()):
+            raise RuntimeError(
+                f"the loss of {model} is not the one that LoGo knows of this method: its gradient at the predictions "
+                "is another. Name the loss module with criterion=, or use LoGoLoss directly."
+            )
+    return Observed(scale.to(mean.dtype), mean, len(pairs), preds, False, targets, similarity)
 
 
 class _Part(NamedTuple):

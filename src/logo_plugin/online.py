@@ -177,11 +177,11 @@ def run_online(
     )
 
 
-def composed(heads: Heads) -> tuple[str, Method]:
+def composed(heads: Heads, backbone: nn.Module) -> tuple[str, Method]:
     """Backbone, projector and predictor in turn."""
 
     def run(images: Tensor) -> Any:
-        out = heads.projector(heads.owner.backbone(images).flatten(start_dim=1))  # type: ignore[operator]
+        out = heads.projector(backbone(images).flatten(start_dim=1))
         return out if heads.predictor is None else heads.predictor(out)
 
     return "backbone, projector, predictor", run

@@ -5,6 +5,7 @@ and where the optimizer is made.
 """
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -142,7 +143,8 @@ class LoGoModel(nn.Module):
 
     def online_methods(self, heads: Heads) -> list[tuple[str, Method]]:
         """(name, images -> ...) of what may run backbone and heads, the likeliest first."""
-        return [] if self.find_backbone(heads) is None else [composed(heads)]
+        backbone = self.find_backbone(heads)
+        return [] if backbone is None else [composed(heads, backbone)]
 
     def call_logo(self, method: str | Callable[[Tensor], Any], images: Tensor) -> Any:
         """Calls a method given by name or as a function."""
@@ -247,7 +249,13 @@ def _check(settings: Settings) -> None:
 
 
 def _subclass(mixin: type[LoGoModel], base: type[nn.Module], config: tuple[Settings, Any]) -> type[LoGoModel]:
-    cls = type(base.__name__, (mixin, base), {"_logo_config": config, "_logo_base": base, "__doc__": base.__doc__})
+    def init(self: LoGoModel, *args: Any, **kwargs: Any) -> None:
+        LoGoModel.__init__(self, *args, **kwargs)
+
+    # load_from_checkpoint passes only what the signature names.
+    init.__signature__ = inspect.signature(base.__init__)  # type: ignore[attr-defined]
+    content = {"_logo_config": config, "_logo_base": base, "__init__": init, "__doc__": base.__doc__}
+    cls = type(base.__name__, (mixin, base), content)
     cls.__module__, cls.__qualname__ = base.__module__, base.__qualname__
     return cls
 

@@ -116,10 +116,15 @@ def wrap(
     for name in others:
         raise TypeError(f"wrap(): {unknown_option(name, options)}")
     settings = Settings(**{field.name: options.pop(field.name) for field in fields(Settings)})
-    if hasattr(cls, "training_step"):
+    stable_base = getattr(sys.modules.get("stable_pretraining.module"), "Module", None)
+    if stable_base is not None and issubclass(cls, stable_base):
+        from logo_plugin.adapters.stable_pretraining.model import mixin_for
+
+        mixin: type[LoGoModel] = mixin_for(cls)
+    elif hasattr(cls, "training_step"):
         from logo_plugin.adapters.lightly import LightningModel
 
-        mixin: type[LoGoModel] = LightningModel
+        mixin = LightningModel
     else:
         from logo_plugin.adapters.pytorch import PlainModel
 
@@ -133,8 +138,8 @@ def unknown_option(name: str, valid: Iterable[str], prefix: str = "") -> str:
     valid = sorted(valid)
     near = ["local_weight"] if name.strip("_").lower() in _LAMBDA and "local_weight" in valid else []
     near = near or difflib.get_close_matches(name, valid, n=1) or [v for v in valid if name in v.split("_")][:3]
-    asked = f"; did you mean {' or '.join(prefix + v for v in near)}?" if near else "."
-    return f"unknown option {prefix}{name}{asked} There are {', '.join(valid)}."
+    asked = f"did you mean {' or '.join(prefix + v for v in near)}?" if near else "none is near."
+    return f"unknown option {prefix}{name}; {asked} There are {', '.join(valid)}."
 
 
 _LAMBDA = ("lambda", "lamda", "lambd", "lmbda", "lam")
