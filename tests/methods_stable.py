@@ -11,6 +11,8 @@ from torch import nn
 
 from logo_plugin import wrap
 
+NOTES = {"stable-pretraining": "Its forwards and the classes of its `methods`, with `wrap(module)`."}
+
 
 def _host(name, filled=0):
     model = stable_hosts.host(name)
