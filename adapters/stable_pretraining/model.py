@@ -71,12 +71,13 @@ class StableModel(LoGoModel):
     def on_fit_start(self) -> None:
         """Now the optimizers exist, and saved states are not loaded yet: LoGo's parameters join the model's."""
         super().on_fit_start()  # type: ignore[misc]
-        _join(self, self.trainer.optimizers)
+        trainer: Any = self.trainer
+        _join(self, trainer.optimizers)
 
     def find_heads(self, projector: str | None) -> Heads:
         """The student's."""
-        owner, *heads = super().find_heads(projector)
-        return Heads(owner, *(head and _student(head) for head in heads))
+        heads = super().find_heads(projector)
+        return Heads(heads.owner, _student(heads.projector), heads.predictor and _student(heads.predictor))
 
     def find_backbone(self, heads: Heads) -> nn.Module | None:
         """The student's."""
