@@ -114,6 +114,22 @@ class TestState:
         assert all(torch.equal(a, b) for a, b in zip(seen[0]["global_target"], found, strict=True))
 
 
+class TestRunningStatistics:
+    @pytest.mark.parametrize("options", [{}, {"checkpoint_local_crops": True}, {"concat_local_crops": True}])
+    @pytest.mark.parametrize("cls", [hosts.BYOL, hosts.SimCLR, hosts.MoCo])
+    def test_local_crops_kept_out(self, cls, options):
+        """Then a step leaves every buffer of the model as the host's own step would; else local crops move them."""
+        host = cls()
+        weights = {"affinity": None, "local_global_weight": 0}
+        for kept_out in (True, False):
+            expected = copy.deepcopy(host)
+            expected.training_step([batch()[0][:2], batch()[1]], 0).backward()
+            model, _ = trained(host, batch(), local_running_stats=not kept_out, **weights, **options)
+            found = {name: value for name, value in model.named_buffers() if value.is_floating_point() or kept_out}
+            same = [torch.equal(value, expected.get_buffer(name)) for name, value in found.items()]
+            assert all(same) is kept_out
+
+
 class TestSource:
     def test_predictions_normalised_by_the_step(self):
         """MSE of unit vectors is 2 - 2 cos, over D; local predictions are normalised as the step does it."""

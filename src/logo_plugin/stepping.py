@@ -6,6 +6,7 @@ from `LoGoModel.watch_step`, a wrong prediction from `_source` below. No host is
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from logo_plugin.compiling import eager_frame, gradients_inside
 from logo_plugin.crops import CropBoxes, crop_overlap
 from logo_plugin.local_predictor import join_groups
 from logo_plugin.losses import LoGoTerms
+from logo_plugin.modes import kept_statistics
 from logo_plugin.observing import Observed, is_symmetric
 from logo_plugin.online import Heads, Method, Outputs, Source, outputs_of, run_online, source_of
 from logo_plugin.recomputing import recomputed
@@ -82,7 +84,8 @@ def _logo_step(
     if settings.target:
         with torch.no_grad():
             targets = [model.call_logo(settings.target, view) for view in global_views]
-    with recomputed(model.find_backbone(heads) if settings.checkpoint_local_crops else None):
+    backbone = model.find_backbone(heads) if settings.checkpoint_local_crops else None
+    with recomputed(backbone), nullcontext() if settings.local_running_stats else kept_statistics(model):
         method, local_pred, local_proj = run_online(
             methods_of(model, heads),
             heads,

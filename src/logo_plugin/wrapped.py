@@ -35,6 +35,7 @@ class Settings:
     global_crops: int | None = None
     concat_local_crops: bool = False
     checkpoint_local_crops: bool = False
+    local_running_stats: bool = True
     weigh_overlap: bool = False
     local_predictor: bool = False
 
@@ -228,7 +229,13 @@ def _check(settings: Settings) -> None:
     count = settings.global_crops
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 2):
         raise ValueError(f"global_crops must be an integer >= 2, got {count!r}.")
-    for option in ("concat_local_crops", "checkpoint_local_crops", "weigh_overlap", "local_predictor"):
+    for option in (
+        "concat_local_crops",
+        "checkpoint_local_crops",
+        "local_running_stats",
+        "weigh_overlap",
+        "local_predictor",
+    ):
         if not isinstance(getattr(settings, option), bool):
             raise ValueError(f"{option} must be True or False, got {getattr(settings, option)!r}.")
     if not isinstance(settings.projector, (str, type(None))):

@@ -36,6 +36,7 @@ def wrap(
     step: Callable[[Any, list[Tensor]], Tensor] | None = None,
     concat_local_crops: bool = False,
     checkpoint_local_crops: bool = False,
+    local_running_stats: bool = True,
     weigh_overlap: bool = False,
     local_predictor: bool = False,
     **others: Any,
@@ -79,6 +80,8 @@ def wrap(
             are then shared.
         checkpoint_local_crops: Compute what the backbone keeps of local crops again in backward, instead of keeping
             it: memory of two views, time of one forward more per local crop.
+        local_running_stats: Whether local crops move BatchNorm's running statistics, which evaluation reads, as global
+            crops do (and as in other multi-crop methods). With False these are the model's own too.
         weigh_overlap: Multiply the repulsion of two local crops by 1 - IoU of their boxes. Needs
             `MultiCropCollate(return_boxes=True)`; a plain module takes them as `model(views, boxes)`.
         local_predictor: Give local crops a predictor of their own (MULAN, arXiv 2602.05845): a copy of the model's,
@@ -135,8 +138,8 @@ def unknown_option(name: str, valid: Iterable[str], prefix: str = "") -> str:
     valid = sorted(valid)
     near = ["local_weight"] if name.strip("_").lower() in _LAMBDA and "local_weight" in valid else []
     near = near or difflib.get_close_matches(name, valid, n=1) or [v for v in valid if name in v.split("_")][:3]
-    asked = f"; did you mean {' or '.join(prefix + v for v in near)}?" if near else "."
-    return f"unknown option {prefix}{name}{asked} There are {', '.join(valid)}."
+    asked = f"did you mean {' or '.join(prefix + v for v in near)}?" if near else "none is near."
+    return f"unknown option {prefix}{name}; {asked} There are {', '.join(valid)}."
 
 
 _LAMBDA = ("lambda", "lamda", "lambd", "lmbda", "lam")

@@ -17,7 +17,9 @@ class LoGoSearchPathPlugin(SearchPathPlugin):
         if "solo.methods" not in sys.modules:
             return
         try:
-            import logo_plugin.adapters.solo  # noqa: F401
+            import logo_plugin.adapters.solo
+
+            _offer_refused(logo_plugin.adapters.solo.REFUSED)
         except Exception as error:  # whatever is wrong with LoGo, the user's plain method=byol must run
             warnings.warn(
                 f"LoGo is not available ({type(error).__name__}: {error}); solo-learn's own methods work as "
@@ -28,3 +30,13 @@ class LoGoSearchPathPlugin(SearchPathPlugin):
         spec = importlib.util.find_spec("logo_plugin")
         if spec is not None and spec.origin is not None:
             search_path.append("logo-plugin", f"file://{Path(spec.origin).parent / 'conf'}")
+
+
+def _offer_refused(refused: dict[type, str]) -> None:
+    """+logo=swav is to say why there is no such thing: its method=logo_swav is refused with the reason."""
+    from hydra.core.config_store import ConfigStore
+
+    names = {cls: name for name, cls in sys.modules["solo.methods"].METHODS.items()}
+    for method in refused:
+        node = {"method": f"logo_{names[method]}"}
+        ConfigStore.instance().store(group="logo", name=names[method], package="_global_", node=node)

@@ -1,0 +1,57 @@
+"""The crops of a config: how solo-learn counts them, what LoGo needs of them, what the overlays ship."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+import logo_plugin
+
+_OVERLAYS = {"cifar10": "logo_cifar", "cifar100": "logo_cifar", "stl10": "logo_stl10"}
+
+
+def usual_augmentations(dataset: str) -> Any:
+    """The `augmentations` that LoGo ships for a dataset."""
+    folder = Path(logo_plugin.__file__).parent / "conf" / "augmentations"
+    return OmegaConf.load(folder / f"{_OVERLAYS.get(dataset, 'logo_imagenet')}.yaml")
+
+
+def is_local(crop: Any, first: Any) -> bool:
+    """As solo-learn tells: a crop is small when its size is not written as the first one's ([32, 32] is not 32)."""
+    return bool(crop.crop_size != first.crop_size)
+
+
+def side_lengths(crop: Any) -> list[int]:
+    """Height and width of a crop, once when they are equal."""
+    size = crop.crop_size
+    sides = list(size) if isinstance(size, (list, tuple, ListConfig)) else [size]
+    return sides[:1] if len(set(sides)) == 1 else sides
+
+
+def check_counts(cfg: DictConfig, large: int, small: int, *, affinity: bool) -> None:
+    """LoGo's numbers of crops.
+
+    Raises:
+        ValueError: If there are not 2 global crops and enough local ones.
+    """
+    needed = 2 if affinity else 1
+    if large == 2 and small >= needed:
+        return
+    crops = cfg.get("augmentations") or []
+    listed = ", ".join(f"{crop.get('num_crops', 1)} of crop_size {crop.crop_size}" for crop in crops)
+    raise ValueError(
+        f"LoGo needs 2 global crops and at least {needed} local {'crops' if needed > 1 else 'crop'}, got {large} and "
+        f"{small}{f' (augmentations: {listed})' if listed else ''}. Choose augmentations=logo_imagenet, logo_cifar, "
+        "logo_stl10 or logo_custom; in your own list, solo-learn takes a crop for a local one when its crop_size "
+        "differs from the first one's: local crops of the same size are augmentations.2.crop_size=[32,32], which "
+        "differs from 32."
+    )
+
+
+def check_config(cfg: DictConfig) -> None:
+    """As `check_counts`, on a config that solo-learn has not counted yet: its own check has no message."""
+    crops = cfg.get("augmentations") or []
+    counts = [0, 0]
+    for crop in crops:
+        counts[is_local(crop, crops[0])] += crop.num_crops
+    check_counts(cfg, *counts, affinity=OmegaConf.select(cfg, "method_kwargs.logo.affinity", default=True) is not False)

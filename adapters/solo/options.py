@@ -1,0 +1,96 @@
+"""`method_kwargs.logo.*`: what there is, and the checks that need no model."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from logo_plugin.losses import PRESETS, LoGoLoss, with_preset
+from logo_plugin.wrapping import unknown_option
+
+OWN: dict[str, Any] = {
+    "affinity": True,
+    "affinity_hidden_dim": 256,
+    "affinity_norm": "batch",
+    "fast_crops": False,
+    "weigh_overlap": False,
+    "local_predictor": False,
+    "preset": None,
+    "monitor": False,
+}
+# The adapter's own keys, and every keyword of LoGoLoss that a config can hold.
+OPTIONS: dict[str, Any] = OWN | {
+    name: parameter.default
+    for name, parameter in inspect.signature(LoGoLoss).parameters.items()
+    if name not in ("affinity", "similarity")
+}
+PREFIX = "method_kwargs.logo."
+# (a setting, whether it is made, what then has no effect)
+_Setting = Callable[[Mapping[str, Any]], bool]
+_IDLE: list[tuple[str, _Setting, tuple[str, ...]]] = [
+    (
+        "affinity=false",
+        lambda options: not options["affinity"],
+        (
+            *("affinity_hidden_dim", "affinity_norm", "affinity_loss", "positive_noise"),
+            *("local_weight", "gradient_ratio", "repulsion", "weigh_overlap"),
+        ),
+    ),
+    ("local_weight=0", lambda options: options["local_weight"] == 0, ("repulsion", "weigh_overlap")),
+    (
+        "local_global_weight=0",
+        lambda options: options["local_global_weight"] == 0,
+        ("average_targets", "local_predictor", "gradient_ratio"),
+    ),
+]
+
+
+def checked(given: Any) -> dict[str, Any]:
+    """All options, each as given, as the preset has it, or at its default.
+
+    Raises:
+        ValueError: If one is unknown, out of its range, or has no effect beside another one.
+    """
+    if not isinstance(given, dict):
+        raise ValueError(f"method_kwargs.logo must be a mapping of options, got {given!r}.")
+    for name in given:
+        if name not in OPTIONS:
+            raise ValueError(unknown_option(str(name), OPTIONS, PREFIX))
+    for name, default in OWN.items():
+        if isinstance(default, bool) and not isinstance(given.get(name, False), bool):
+            raise ValueError(f"{PREFIX}{name} must be true or false, got {given[name]!r}.")
+    try:
+        options = OPTIONS | with_preset(given.get("preset"), given)
+        LoGoLoss(**{name: options[name] for name in options if name not in OWN})
+    except ValueError as error:
+        raise ValueError(f"method_kwargs.logo: {error}") from error
+    width = options["affinity_hidden_dim"]
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise ValueError(f"{PREFIX}affinity_hidden_dim must be a positive integer, got {width!r}.")
+    if options["affinity_norm"] not in ("batch", "layer"):
+        raise ValueError(f'{PREFIX}affinity_norm must be "batch" or "layer", got {options["affinity_norm"]!r}.')
+    _refuse_idle(options)
+    if options["weigh_overlap"] and not options["fast_crops"]:
+        raise ValueError(f"{PREFIX}weigh_overlap needs the crops' boxes: set {PREFIX}fast_crops=true.")
+    return options
+
+
+def differing(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are not as the defaults or the named preset have them."""
+    usual = OPTIONS | PRESETS.get(options["preset"], {})
+    return {name: value for name, value in options.items() if value not in (None, usual[name])}
+
+
+def _refuse_idle(options: Mapping[str, Any]) -> None:
+    chosen = differing(options)
+    for setting, made, idle in _IDLE:
+        found = [name for name in idle if name in chosen] if made(options) else []
+        if found:
+            what = ", ".join(f"{PREFIX}{name}={_as_written(chosen[name])}" for name in found)
+            raise ValueError(
+                f"{what}: without effect beside {PREFIX}{setting}. Leave {'it' if len(found) == 1 else 'them'} out, "
+                f"or change {PREFIX}{setting}."
+            )
+
+
+def _as_written(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,55 @@
+"""Makes LoGo's methods known to solo-learn, whose files stay as they are."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from logo_plugin.adapters.solo.checkpoints import check_checkpoint
+from logo_plugin.adapters.solo.crops import check_config
+from logo_plugin.adapters.solo.methods import KNOWN
+from logo_plugin.adapters.solo.refused import reason
+from omegaconf import DictConfig
+from solo import methods
+from solo.methods.base import BaseMethod
+from solo.utils.checkpointer import Checkpointer
+from solo.utils.knn import WeightedKNNClassifier
+from torchmetrics import Metric
+
+
+def register() -> None:
+    """Adds the methods, mends solo-learn's k-NN, and puts LoGo's messages before errors that have none."""
+    backbones = BaseMethod._BACKBONES  # also what main_linear.py reads
+    backbones.update({name: partial(_stock_backbone, build) for name, build in backbones.items()})
+    if WeightedKNNClassifier.__bases__ == (Metric,):
+        WeightedKNNClassifier.__bases__ = (_KNNMetric,)
+    # The first that solo-learn's parse_cfg calls; what comes next asserts without a word.
+    Checkpointer.add_and_assert_specific_cfg = staticmethod(
+        partial(_after_check, Checkpointer.add_and_assert_specific_cfg)
+    )
+    # On the base class, so that a stock method says that it was given a checkpoint of LoGo's.
+    BaseMethod.on_load_checkpoint = check_checkpoint
+    names = {cls: name for name, cls in methods.METHODS.items()}
+    methods.METHODS.update({f"logo_{names[method]}": logo for method, logo in KNOWN.items()})
+
+
+class _KNNMetric(Metric):
+    """Takes the argument that torchmetrics dropped in 0.12 and solo-learn still gives."""
+
+    def __init__(self, *, compute_on_step: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+
+
+def _stock_backbone(build: Callable[..., Any], method: str, **options: Any) -> Any:
+    """solo-learn picks ViT variants by the method's name."""
+    return build(str(method).removeprefix("logo_"), **options)
+
+
+def _after_check(stock: Callable[[DictConfig], DictConfig], cfg: DictConfig) -> DictConfig:
+    method = str(cfg.get("method"))
+    host = methods.METHODS.get(method.removeprefix("logo_"))
+    if method.startswith("logo_") and host is not None:
+        why_not = reason(host)
+        if why_not:
+            raise TypeError(f"LoGo cannot carry {host.__name__}: {why_not}")
+        check_config(cfg)
+    return stock(cfg)

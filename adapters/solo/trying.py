@@ -1,0 +1,58 @@
+"""One image of each crop size through a new model: what does not fit must not wait for the first step."""
+
+from typing import Any
+
+import torch
+from logo_plugin.adapters.solo.options import PREFIX
+from omegaconf import DictConfig, ListConfig
+from torch import Tensor
+
+from logo_plugin.modes import eval_mode
+
+_SIZE_HINTS = {"vit": "+backbone.kwargs.dynamic_img_size=True", "swin": "+backbone.kwargs.strict_img_size=False"}
+
+
+def dry_run(model: Any, cfg: DictConfig) -> int:
+    """Forwards one image of each size; returns the width of the projection.
+
+    Raises:
+        ValueError: If the backbone cannot take a size, an output has another name, or `gradient_ratio` is asked of
+            a method that hides from it how the prediction comes from the projection.
+    """
+    weight = next(model.parameters())
+    for size in [crop.crop_size for crop in cfg.get("augmentations") or []] or [224]:
+        height, width = size if isinstance(size, (list, tuple, ListConfig)) else (size, size)
+        try:
+            with eval_mode(model), torch.set_grad_enabled(cfg.method_kwargs.logo.gradient_ratio is not None):
+                found = model(torch.zeros(1, 3, height, width, dtype=weight.dtype, device=weight.device))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            reason = str(error).rstrip(".")
+            hint = _SIZE_HINTS.get(cfg.backbone.name.split("_")[0], "local crops of the global crops' size")
+            raise ValueError(
+                f"backbone {cfg.backbone.name} can't take crops of {height} x {width} pixels: {reason}. "
+                f"Try {hint}, or a backbone that takes any size, such as resnet18."
+            ) from error
+    pred, proj = (output(found, getattr(model.outputs, name), name) for name in ("pred", "proj"))
+    _check_ratio(cfg, pred, proj)
+    return int(proj.shape[-1])
+
+
+def output(found: dict[str, Any], key: str, name: str) -> Any:
+    """What a method gave under `key`; the error names wrap's argument."""
+    if key not in found:
+        raise ValueError(f'{name}="{key}" is not an output of this method; it has {", ".join(sorted(found))}.')
+    return found[key]
+
+
+def _check_ratio(cfg: DictConfig, pred: Tensor, proj: Tensor) -> None:
+    options = cfg.method_kwargs.logo
+    if options.gradient_ratio is None or pred is proj:
+        return
+    (gradient,) = torch.autograd.grad(pred.sum(), proj, allow_unused=True)
+    if gradient is None:
+        preset = f" (of {PREFIX}preset={options.preset})" if options.preset == "release" else ""
+        raise ValueError(
+            f"{PREFIX}gradient_ratio={options.gradient_ratio}{preset} compares gradients at the projection, and "
+            f"{cfg.method} does not compute its prediction from it, but from what it normalises to get it. Set "
+            f"{PREFIX}gradient_ratio=null and a fixed {PREFIX}local_weight."
+        )

@@ -1,0 +1,353 @@
+"""The solo-learn adapter's configs: overlays, options, crops and the run's name."""
+
+import json
+import pickle
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from photos import tiles
+from solo_clone import CONF, HIDDEN_PROJECTION, MARKS, METHODS, ROOT, batch, build, compose, config, import_solo
+
+from logo_plugin import LoGoLoss
+from logo_plugin.losses import PRESETS
+
+pytestmark = MARKS
+
+
+@pytest.mark.parametrize(
+    ("logo", "message"),
+    [
+        ({"local_wieght": 0.1}, r"method_kwargs\.logo\.local_wieght; did you mean method_kwargs\.logo\.local_weight"),
+        ({"lambda": 0.1}, r"logo\.lambda; did you mean method_kwargs\.logo\.local_weight\?"),
+        ({"lamda": 0.1}, r"logo\.lamda; did you mean method_kwargs\.logo\.local_weight\?"),
+        ({"lr": 0.1}, r"unknown option method_kwargs\.logo\.lr\. There are affinity, "),
+        ({"affinity": "none"}, "true or false, got 'none'"),
+        ({"affinity": None}, "true or false, got None"),
+        ({"preset": "papre"}, r"method_kwargs\.logo: preset must be one of \('paper', 'release'\), got 'papre'"),
+        ({"local_predictor": 1}, r"local_predictor must be true or false, got 1"),
+        ({"average_targets": "yes"}, r"average_targets must be True or False, got 'yes'"),
+        ({"local_weight": -1.0}, r"method_kwargs\.logo: local_weight must be a finite number >= 0"),
+        ({"local_weight": 0.1, "gradient_ratio": 0.1}, "not both"),
+        ({"reduction": "mean"}, "reduction must be one of"),
+        ({"affinity_hidden_dim": 0}, r"logo\.affinity_hidden_dim must be a positive integer, got 0"),
+        ({"affinity_hidden_dim": True}, r"logo\.affinity_hidden_dim must be a positive integer, got True"),
+        ({"affinity_norm": "group"}, r"logo\.affinity_norm must be \"batch\" or \"layer\", got 'group'"),
+        (
+            {"affinity": False, "local_weight": 0.1, "repulsion": "logit"},
+            r"logo\.local_weight=0\.1, method_kwargs\.logo\.repulsion=logit: without effect beside .*affinity=false",
+        ),
+        ({"affinity": False, "affinity_norm": "layer"}, r"affinity_norm=layer: without effect beside .*affinity=false"),
+        ({"local_weight": 0.0, "repulsion": "logit"}, r"repulsion=logit: without effect beside .*local_weight=0\."),
+        ({"local_global_weight": 0.0, "local_predictor": True}, r"local_predictor=true: without effect beside"),
+        ({"local_global_weight": 0.0, "gradient_ratio": 0.1}, r"gradient_ratio=0\.1: without effect beside"),
+        (3, "must be a mapping"),
+    ],
+)
+def test_bad_options(logo, message):
+    with pytest.raises(ValueError, match=message):
+        build("logo_byol", logo)
+
+
+@pytest.mark.parametrize("logo", [{"gradient_ratio": 0.1}, {"preset": "release"}])
+@pytest.mark.parametrize("method", HIDDEN_PROJECTION)
+def test_ratio_where_it_cannot_be_taken(method, logo):
+    with pytest.raises(
+        ValueError, match=r"logo\.gradient_ratio=0\.\d+ .*Set method_kwargs\.logo\.gradient_ratio=null and"
+    ):
+        build(f"logo_{method}", logo)
+    if "preset" in logo:  # the rest of the preset can be had
+        build(f"logo_{method}", logo | {"local_weight": 1e-4})
+
+
+def test_too_few_crops():
+    _, adapter = import_solo()
+    for small, logo in ((0, {"affinity": False}), (1, {})):
+        with pytest.raises(ValueError, match="augmentations=logo_imagenet"):
+            adapter.LoGoBYOL(config("logo_byol", logo, small=small))
+    with pytest.raises(ValueError, match="expected 2 global and 2 local crops, got 3"):
+        build("logo_byol").training_step(batch(crops=3), 0)
+
+
+def usual_config(logo=None, method="byol", **changes):
+    """The config of a CIFAR run with the crops that LoGo ships for it; `changes` are those of its local pipeline."""
+    from omegaconf import OmegaConf
+
+    cfg = config(f"logo_{method}", logo)
+    cfg.data.dataset = "cifar10"
+    cfg.augmentations = OmegaConf.load(CONF / "augmentations" / "logo_cifar.yaml")
+    for key, value in changes.items():
+        OmegaConf.update(cfg.augmentations[2], key.replace("__", "."), value)
+    cfg.data.num_small_crops = cfg.augmentations[2].num_crops
+    return cfg
+
+
+def checked(cfg):
+    methods, _ = import_solo()
+    return methods.METHODS[cfg.method].add_and_assert_specific_cfg(cfg)
+
+
+@pytest.mark.parametrize(
+    ("logo", "name"),
+    [
+        (None, "run-logo-lambda0.0001"),
+        ({"local_weight": 1e-4}, "run-logo-lambda0.0001"),
+        ({"local_weight": 0.5, "repulsion": "logit"}, "run-logo-lambda0.5-logit"),
+        ({"gradient_ratio": 0.015}, "run-logo-ratio0.015"),
+        ({"affinity": False, "reduction": "sum"}, "run-logo-noaff-sum"),
+        ({"affinity_hidden_dim": 64, "affinity_norm": "layer"}, "run-logo-lambda0.0001-hid64-layer"),
+        ({"preset": "paper"}, "run-logo-lambda0.0001-paper"),
+        ({"preset": "paper", "reduction": "pairs"}, "run-logo-lambda0.0001-paper-pairs"),
+        ({"preset": "paper", "gradient_ratio": 0.1}, "run-logo-paper-ratio0.1"),
+        ({"preset": "release"}, "run-logo-release"),
+        ({"preset": "release", "local_weight": 0.5}, "run-logo-lambda0.5-release"),
+        ({"local_predictor": True, "average_targets": True}, "run-logo-lambda0.0001-lpred-avg"),
+        ({"local_global_weight": 0.25, "positive_noise": 0.0}, "run-logo-lambda0.0001-lg0.25-noise0"),
+        ({"fast_crops": True, "weigh_overlap": True}, "run-logo-lambda0.0001-fast-iou"),
+        ({"affinity_loss": "difference"}, "run-logo-lambda0.0001-difference"),
+        ({"monitor": True}, "run-logo-lambda0.0001"),  # it changes nothing that resuming would mix up
+    ],
+)
+def test_options_are_in_the_name(logo, name):
+    cfg = checked(usual_config(logo))
+    assert cfg.name == name
+    assert checked(cfg).name == name  # a config read back from args.json
+
+
+@pytest.mark.parametrize(
+    ("changes", "suffix"),
+    [
+        ({}, ""),
+        ({"num_crops": 4}, "-l4x32s0.05-0.4"),
+        ({"crop_size": 24}, "-l2x24s0.05-0.4"),
+        ({"crop_size": [24, 16]}, "-l2x24x16s0.05-0.4"),
+        ({"rrc__crop_max_scale": 0.3}, "-l2x32s0.05-0.3"),
+        ({"rrc__enabled": False}, "-l2x32"),
+        ({"grayscale__prob": 0.5}, ""),  # as little as in solo-learn's own runs
+    ],
+)
+def test_local_crops_are_in_the_name(changes, suffix):
+    assert checked(usual_config(**changes)).name == f"run-logo-lambda0.0001{suffix}"
+
+
+def test_global_crops_are_in_the_name():
+    cfg = usual_config()
+    for crop in cfg.augmentations[:2]:
+        crop.rrc.crop_min_scale = 0.2
+    assert checked(cfg).name == "run-logo-lambda0.0001-g2x32s0.2-1"
+    cfg = usual_config()
+    cfg.data.dataset = "imagenet100"  # with CIFAR's crops
+    assert checked(cfg).name == "run-logo-lambda0.0001-g2x32s0.4-1-l2x32s0.05-0.4"
+
+
+def test_long_names():
+    """A hash stands for what no file name can hold; the settings themselves are in args.json."""
+    logo = {"local_weight": 0.123456, "local_global_weight": 0.123456, "affinity_hidden_dim": 128, "fast_crops": True}
+    found = []
+    for scale in (0.31, 0.32):
+        cfg = usual_config(logo, rrc__crop_max_scale=scale)
+        cfg.name = "é" * 60
+        assert re.fullmatch("é{60}-logo-[0-9a-f]{12}", checked(cfg).name)
+        assert checked(cfg).name == cfg.name
+        found.append(cfg.name)
+    assert found[0] != found[1]
+    cfg.name = "é" * 105
+    with pytest.raises(ValueError, match=r"name has 210 bytes.*Choose name= with at most 202"):
+        checked(cfg)
+
+
+def test_name_of_another_method():
+    """byol.yaml with +logo=simsiam would train SimSiam under the name byol-..."""
+    message = r"method=logo_simsiam in a run named byol-imagenet100: .*--config-name=simsiam.yaml.*choose \+logo=byol"
+    with pytest.raises(ValueError, match=message):
+        checked(compose("imagenet-100", "byol", "+logo=simsiam"))
+    with pytest.raises(ValueError, match=r"--config-name=barlow.yaml \+logo=barlow_twins.*choose \+logo=simclr"):
+        checked(compose("cifar", "simclr", "+logo=barlow_twins"))
+    with pytest.raises(ValueError, match=r"are ressl's.*LoGo cannot carry ressl: it has one direction only"):
+        checked(compose("cifar", "ressl", "+logo=byol"))
+    cfg = checked(compose("imagenet-100", "byol", "+logo=simsiam", "name=mine"))
+    assert cfg.name == "mine-logo-lambda0.0001"
+    for name in ("byol", "byol2", "byols", "my-simsiam"):
+        cfg = usual_config()
+        cfg.name = name
+        assert checked(cfg).name.startswith(f"{name}-logo")
+
+
+@pytest.mark.parametrize(
+    ("logo", "changes", "resumed"),
+    [
+        ({"local_weight": 0.1}, {}, True),
+        ({"local_weight": 0.2}, {}, False),
+        ({"local_weight": 0.1}, {"num_crops": 4}, False),
+        ({"local_weight": 0.1}, {"crop_size": [16, 16]}, False),
+    ],
+)
+def test_auto_resumer_keeps_a_sweep_apart(tmp_path, logo, changes, resumed):
+    import_solo()
+    from omegaconf import OmegaConf
+    from solo.utils.auto_resumer import AutoResumer
+
+    folder = tmp_path / "version"
+    folder.mkdir()
+    first = checked(usual_config({"local_weight": 0.1}))
+    (folder / "args.json").write_text(json.dumps(OmegaConf.to_container(first)))
+    (folder / "run.ckpt").touch()
+    found = AutoResumer(tmp_path).find_checkpoint(checked(usual_config(logo, **changes)))[0]
+    assert found == (folder / "run.ckpt" if resumed else None)
+
+
+@pytest.mark.parametrize(
+    ("override", "counts"),
+    [("augmentations.2.crop_size=32", "4 and 0"), ("augmentations.0.num_crops=2", "3 and 2")],
+)
+def test_wrong_crops_are_named_before_solo_learn_asserts(override, counts):
+    """parse_cfg would go on, and main_pretrain.py fail with a blank AssertionError."""
+    with pytest.raises(ValueError, match=rf"got {counts} \(augmentations: .*augmentations\.2\.crop_size=\[32,32\]"):
+        compose("cifar", "byol", "+logo=byol", "augmentations=logo_cifar", override)
+    cfg = compose("cifar", "byol", "augmentations=logo_cifar", override)  # stock is left alone
+    assert cfg.data.num_large_crops == int(counts[0])
+
+
+@pytest.mark.parametrize("method", ["all4one", "deepclusterv2", "dino", "mae", "ressl", "supcon", "swav", "wmse"])
+def test_refused_overlays(method):
+    with pytest.raises(TypeError, match=rf"(?i)LoGo cannot carry {method}: it"):
+        compose("cifar", method, f"+logo={method}")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_overlay(method):
+    methods, adapter = import_solo()
+    name = {"barlow_twins": "barlow"}.get(method, method)
+    folder = "imagenet-100"
+    if not Path(ROOT, "scripts/pretrain", folder, f"{name}.yaml").is_file():
+        folder = "cifar"
+    cfg = compose(folder, name, f"+logo={method}", "method_kwargs.logo.local_weight=0.5")
+    assert cfg.method == f"logo_{method}"
+    assert [crop.crop_size for crop in cfg.augmentations] == [224, 224, 96]
+    assert (cfg.data.num_large_crops, cfg.data.num_small_crops) == (2, 2)
+    assert set(cfg.method_kwargs.logo) == set(adapter.OPTIONS)
+    cfg = methods.METHODS[cfg.method].add_and_assert_specific_cfg(cfg)
+    assert dict(cfg.method_kwargs.logo) == adapter.OPTIONS | {"local_weight": 0.5}  # the overlay gives the defaults
+
+
+@pytest.mark.parametrize("method", ["vicreg", "vibcreg"])
+def test_overlay_of_a_config_with_its_own_crops(method):
+    cfg = checked(compose("cifar", method, f"+logo={method}_cifar"))
+    assert cfg.name == f"{method}-cifar10-logo-lambda0.0001"
+    assert [crop.crop_size for crop in cfg.augmentations] == [32, 32, [32, 32]]
+    cfg = compose("cifar", method, f"+logo={method}_cifar", "augmentations=logo_stl10")
+    assert [crop.crop_size for crop in cfg.augmentations] == [96, 96, [96, 96]]
+
+
+def test_preset_in_one_word():
+    """What the overlay leaves at null is the preset's, and args.json says what that was."""
+    _, adapter = import_solo()
+    overrides = ["method_kwargs.logo.preset=paper", "method_kwargs.logo.positive_noise=0.1"]
+    cfg = adapter.LoGoBYOL.add_and_assert_specific_cfg(compose("imagenet-100", "byol", "+logo=byol", *overrides))
+    assert dict(cfg.method_kwargs.logo) == adapter.OPTIONS | PRESETS["paper"] | {
+        "preset": "paper",
+        "positive_noise": 0.1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("group", "sizes"), [("cifar", [32, 32, [32, 32]]), ("stl10", [96, 96, [96, 96]]), ("custom", [224, 224, 64])]
+)
+def test_augmentation_groups(group, sizes):
+    from solo.data.pretrain_dataloader import build_transform_pipeline
+
+    extra = ["augmentations.2.crop_size=64"] if group == "custom" else []
+    cfg = compose("cifar", "byol", "method=logo_byol", f"augmentations=logo_{group}", *extra)
+    assert [crop.crop_size for crop in cfg.augmentations] == sizes
+    assert (cfg.data.num_large_crops, cfg.data.num_small_crops) == (2, 2)
+    from sklearn.datasets import load_sample_image
+    from torchvision.transforms.functional import to_pil_image
+
+    image = to_pil_image(load_sample_image("china.jpg"))
+    for crop in cfg.augmentations:
+        size = crop.crop_size if isinstance(crop.crop_size, int) else crop.crop_size[0]
+        assert build_transform_pipeline("custom", crop)(image).shape == (3, size, size)
+
+
+def test_every_loss_option_is_a_config_option():
+    _, adapter = import_solo()
+    import inspect
+
+    keywords = set(inspect.signature(LoGoLoss).parameters) - {"similarity"}
+    own = {
+        "affinity_hidden_dim",
+        "affinity_norm",
+        "fast_crops",
+        "weigh_overlap",
+        "local_predictor",
+        "monitor",
+        "preset",
+    }
+    assert keywords | own == set(adapter.OPTIONS)
+
+
+def crop_config(**changes):
+    from omegaconf import OmegaConf
+
+    conf = Path(sys.modules["logo_plugin"].__file__).parent / "conf" / "augmentations" / "logo_cifar.yaml"
+    return OmegaConf.merge(OmegaConf.load(conf)[0], changes)
+
+
+def stock_pipeline(crops):
+    import_solo()
+    from solo.data.pretrain_dataloader import FullTransformPipeline, NCropAugmentation, build_transform_pipeline
+
+    return FullTransformPipeline(
+        [NCropAugmentation(build_transform_pipeline("cifar10", c), c.num_crops) for c in crops]
+    )
+
+
+def test_fast_crops_follow_the_config():
+    """Without any chance left in it, a fast crop is solo-learn's crop to a rounding of 8 bits."""
+    _, adapter = import_solo()
+    still = {
+        "rrc": {"crop_min_scale": 1.0, "crop_max_scale": 1.0},
+        "color_jitter": {"prob": 0.0},
+        "grayscale": {"prob": 0.0},
+        "gaussian_blur": {"prob": 0.0},
+        "solarization": {"prob": 1.0},
+        "horizontal_flip": {"prob": 1.0},
+        "num_crops": 2,
+    }
+    crops = [crop_config(**still), crop_config(**(still | {"crop_size": [24, 24], "solarization": {"prob": 0.0}}))]
+    (image, _), *_ = tiles(1)
+    stock = stock_pipeline(crops)
+    fast = adapter.FastCrops(crops, stock, return_boxes=True)
+    *views, boxes = pickle.loads(pickle.dumps(fast))(image)
+    expected = stock(image)
+    assert [v.shape for v in views] == [v.shape for v in expected]
+    # At scale 1 any ratio but 1 overflows the square image, so both fall back to the whole of it.
+    for view, other in zip(views, expected, strict=True):
+        torch.testing.assert_close(view, other, rtol=0, atol=2.01 / 255 / 0.24)
+    assert boxes.tolist() == [[0, 0, 48, 48]] * 4
+    assert len(adapter.FastCrops(crops, stock)(image)) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rrc": {"enabled": False}},
+            r"cannot do augmentations\.0\.rrc\.enabled=false\. Set method_kwargs\.logo\.fast_crops=false",
+        ),
+        ({"equalization": {"prob": 0.1}}, r"augmentations\.0\.equalization\.prob"),
+        ({"crop_size": [32, 24]}, r"augmentations\.0\.crop_size that is not square"),
+    ],
+)
+def test_fast_crops_refuse_what_they_cannot_do(changes, message):
+    _, adapter = import_solo()
+    crops = [crop_config(**changes)]
+    with pytest.raises(ValueError, match=message):
+        adapter.FastCrops(crops, stock_pipeline(crops))
+
+
+def test_overlap_needs_boxes():
+    with pytest.raises(ValueError, match=r"weigh_overlap needs the crops' boxes: set method_kwargs\.logo\.fast_crops"):
+        build("logo_byol", {"weigh_overlap": True})
