@@ -1,7 +1,7 @@
-"""lightly's own example files, from a clone at LIGHTLY_ROOT, with one line added.
+"""lightly's own example files, from a clone at LIGHTLY_ROOT, with one line added: whole runs, resumed and on two ranks.
 
-Each file is run as it is, apart from what makes it small: the data set, the number of epochs, workers
-and devices. They are never copied into this repository.
+What a step computes is in test_methods.py. Each file is run as it is, apart from what makes it small: the data set, the
+number of epochs, workers and devices. They are never copied into this repository.
 """
 
 import os
@@ -93,34 +93,6 @@ print("rank", trainer.global_rank, "identical", mine.numel())
 """
     out = run(PREPARE.format(here=str(Path(__file__).parent)) + source, tmp_path)
     assert "identical" in out
-
-
-@pytest.mark.parametrize("method", CLASSES)
-def test_plain_pytorch_example(method, tmp_path):
-    source = Path(ROOT, "examples", "pytorch", f"{method}.py").read_text()
-    source = shrunk(source, str(tmp_path))
-    source = source.replace("    drop_last=True,\n", "    drop_last=True,\n" + COLLATE)
-    # A plain loop: wrap before the optimizer is built, and one call in place of forwards and criterion.
-    source = source.replace(
-        "optimizer = ",
-        "from logo_plugin import MultiCropCollate, wrap\nmodel = wrap(model, criterion=criterion)\noptimizer = ",
-    )
-    source = source.replace("dataloader = ", "from logo_plugin import MultiCropCollate, wrap\ndataloader = ")
-    source = re.sub(r"        x\w+, x\w+ = batch\[0\]\n", "", source)
-    source = re.sub(r"        x\w+ = x\w+\.to\(device\)\n", "", source)
-    source = re.sub(r"        \S+(, \S+)? = model(\.forward_momentum)?\(x\w+\)\n", "", source)
-    source, replaced = re.subn(
-        r"loss = .*criterion\(.*", "loss = model([view.to(device) for view in batch[0]])", source
-    )
-    assert replaced == 1
-    source += """
-assert all(p.isfinite().all() for p in model.parameters())
-trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-assert all(id(p) in trained for p in model.logo.parameters())
-assert model.logo_terms.total.isfinite()
-print("done", model.logo_terms)
-"""
-    assert "done" in run(PREPARE.format(here=str(Path(__file__).parent)) + source, tmp_path)
 
 
 @pytest.mark.parametrize(("file", "cls"), [("byol.py", "BYOL"), ("mocov2.py", "MoCoV2")])
