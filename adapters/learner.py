@@ -17,6 +17,7 @@ from logo_plugin.affinity import Affinity, full_precision
 from logo_plugin.checks import choice, positive_integer
 from logo_plugin.losses import LoGoLoss, LoGoTerms, info_nce
 from logo_plugin.modes import eval_mode
+from logo_plugin.recomputing import local_forwards
 from logo_plugin.wrapping import unknown_option
 
 _BELOW = {"momentum": 1.0, "temperature": math.inf}
@@ -43,6 +44,9 @@ class LoGoLearner(nn.Module):
         image_size: Sides of the global and local crops, one of each forwarded here in eval mode to find F.
         global_crops: How many of the views are global; they come first.
         affinity: "auto" builds `Affinity(output_dim)`; a module; or None for plain multi-crop.
+        checkpoint_local_crops: Compute what the backbone keeps of local crops again in backward, instead of
+            keeping it: memory of the global crops alone, time of one forward more per local crop.
+        local_running_stats: Whether local crops move BatchNorm's running statistics, which evaluation reads.
         **options: Options of `LoGoLoss` except `similarity`, and of the method, by default the paper's:
             `hidden_dim`, `output_dim` (byol 4096, 256; simsiam 2048, 2048; moco 2048, 128), `predictor_dim`
             (byol 4096, simsiam 512), `momentum` (byol 0.996, moco 0.999; short runs want 0.99; an attribute
@@ -61,6 +65,8 @@ class LoGoLearner(nn.Module):
         image_size: Sequence[int] = (224, 96),
         global_crops: int = 2,
         affinity: nn.Module | str | None = "auto",
+        checkpoint_local_crops: bool = False,
+        local_running_stats: bool = True,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -83,6 +89,13 @@ class LoGoLearner(nn.Module):
         width, simsiam, moco = chosen["output_dim"], method == "simsiam", method == "moco"
         self.momentum, self.temperature = (chosen.get(name, 1.0) for name in ("momentum", "temperature"))
         self.backbone, self.global_crops = backbone, global_crops
+        for name, value in (
+            ("checkpoint_local_crops", checkpoint_local_crops),
+            ("local_running_stats", local_running_stats),
+        ):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be True or False, got {value!r}.")
+        self._local_forwards = {"checkpoint": checkpoint_local_crops, "running_stats": local_running_stats}
         dims = [_features(backbone, image_size), *[chosen["hidden_dim"]] * (1 + simsiam), width]
         self.projector = _mlp(dims, norm=not moco, norm_last=simsiam)
         self.predictor = nn.Identity() if moco else _mlp([width, chosen["predictor_dim"], width])
@@ -107,11 +120,13 @@ class LoGoLearner(nn.Module):
             online = [*self.backbone.parameters(), *self.projector.parameters()]
             for old, new in zip(self.target.parameters(), online, strict=True):
                 old.lerp_(new.detach(), 1 - self.momentum)
-        proj = [self.projector(self.backbone(view).flatten(1)) for view in views]
+        proj, pred = self._online(views[:count])
         with torch.no_grad():
-            target = proj[:count] if self.target is None else [self.target(view) for view in views[:count]]
-        pred = [self.predictor(z) for z in proj]
-        parts = {"global_pred": pred[:count], "local_pred": pred[count:], "local_proj": proj[count:]}
+            target = proj if self.target is None else [self.target(view) for view in views[:count]]
+        parts = {"global_pred": pred, "local_pred": [], "local_proj": []}
+        if len(views) > count:
+            with local_forwards(self, self.backbone, **self._local_forwards):
+                parts["local_proj"], parts["local_pred"] = self._online(views[count:])
         contrast = None if self.queue is None else partial(info_nce, queue=self.queue, temperature=self.temperature)
         terms: LoGoTerms = self.criterion(global_target=target, similarity=contrast, **parts)
         if learns and self.queue is not None:
@@ -120,6 +135,10 @@ class LoGoLearner(nn.Module):
             self.queue = torch.cat([keys.to(self.queue), self.queue], dim=1)[:, : self.queue.shape[1]].clone()
         self.terms = terms.detach()
         return terms.total
+
+    def _online(self, views: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        proj = [self.projector(self.backbone(view).flatten(1)) for view in views]
+        return proj, [self.predictor(z) for z in proj]
 
 
 def _check_backbone(backbone: Any) -> None:

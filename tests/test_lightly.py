@@ -628,7 +628,7 @@ class TestErrors:
                 TypeError,
                 r"unknown option lambda_weight; did you mean local_weight\?",
             ),
-            (hosts.BYOL, {"zzz": 1}, TypeError, r"unknown option zzz\. There are affinity, "),
+            (hosts.BYOL, {"zzz": 1}, TypeError, r"unknown option zzz; none is near\. There are affinity, "),
             (hosts.BYOL, {"similarity": "cosine"}, TypeError, r"unknown option similarity"),
             (hosts.BYOL, {"local_weight": -1}, ValueError, r"local_weight must be a finite number >= 0, got -1"),
             (hosts.BYOL, {"criterion": "loss"}, ValueError, r"criterion='loss' is neither a loss module nor"),

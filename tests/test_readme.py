@@ -40,7 +40,28 @@ def users_names(folder):
     }
 
 
+def stable_pretraining_names(folder):
+    """What a reader of that page has: networks, images, a Trainer of the other Lightning."""
+    import lightning
+    import stable_hosts
+    import stable_pretraining
+
+    dataset = stable_pretraining.data.FromTorchDataset(tiles(32), names=["image", "label"])
+    parts = {"backbone": stable_hosts.backbone(), "projector": stable_hosts.head(32, 24, 16)}
+    return {
+        **parts,
+        "predictor": stable_hosts.head(16, 24, 16),
+        "encoder": stable_hosts.backbone(),
+        "images": tiles(32),
+        "loader": torch.utils.data.DataLoader(dataset, batch_size=16, collate_fn=MultiCropCollate.cifar10()),
+        "trainer": lightning.Trainer(max_epochs=1, accelerator="cpu", logger=False, default_root_dir=folder),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`")
 @pytest.mark.filterwarnings("ignore::lightning_fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", BLOCKS)
@@ -50,6 +71,9 @@ def test_block_runs(name, tmp_path, monkeypatch):
     if name.startswith(NEED_MORE):
         return
     names = users_names(tmp_path)
+    if name.startswith("stable-pretraining.md"):
+        pytest.importorskip("stable_pretraining", reason="stable-pretraining is not installed: make test STABLE=1")
+        names |= stable_pretraining_names(tmp_path)
     (tmp_path / "my_images").mkdir()
     names["dataset"][0][0].save(tmp_path / "my_images" / "photograph.png")
     exec(code, names)

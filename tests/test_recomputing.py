@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from logo_plugin import wrap
+from logo_plugin import LoGoLearner, wrap
 
 
 def batch(locals_=2, n=6):
@@ -49,6 +49,29 @@ def test_it_trains_the_same_model(cls, options):
     train(cheap, batch())
     for (name, expected), found in zip(plain.state_dict().items(), cheap.state_dict().values(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("method", ["byol", "simsiam", "moco"])
+def test_learner(method):
+    sizes = {"hidden_dim": 24, "output_dim": 16, "image_size": (32, 24)}
+    sizes |= {"queue_size": 32} if method == "moco" else {"predictor_dim": 8}
+    torch.manual_seed(0)
+    plain = LoGoLearner(nn.Sequential(*hosts.small_backbone(), nn.Flatten()), method, **sizes)
+    torch.manual_seed(0)
+    cheap = LoGoLearner(
+        nn.Sequential(*hosts.small_backbone(), nn.Flatten()), method, checkpoint_local_crops=True, **sizes
+    )
+    for learner in (plain, cheap):
+        optimizer = torch.optim.SGD(learner.parameters(), lr=0.05)
+        for i in range(2):
+            torch.manual_seed(i)
+            optimizer.zero_grad()
+            learner(batch()[0]).backward()
+            optimizer.step()
+    for (name, expected), found in zip(plain.state_dict().items(), cheap.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    with pytest.raises(ValueError, match="checkpoint_local_crops must be True or False, got 1"):
+        LoGoLearner(hosts.small_backbone(), method, checkpoint_local_crops=1, **sizes)
 
 
 def test_under_autocast():

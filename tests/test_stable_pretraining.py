@@ -99,7 +99,7 @@ def fit(model, train, added=(), valid=False, ckpt_path=None, **options):
 
 
 def parameters(model):
-    return {n: p.detach().clone() for n, p in model.named_parameters() if not n.startswith(("logo", "callbacks_"))}
+    return {name: p.detach().clone() for name, p in model.named_parameters() if not name.startswith("logo")}
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -151,6 +151,15 @@ class TestEachMethod:
             step(case, model, [views(i)[0].clone() for _ in range(4)])
             terms = model.logo_terms
             torch.testing.assert_close(terms.local_global, terms.global_global, rtol=1e-3, atol=1e-5)
+
+    def test_in_half_precision(self, name):
+        """Where the loss is written into the forward, its gradient is recognised in bfloat16, too."""
+        run = fit(
+            wrap(stable_hosts.method(name) if name in stable_hosts.CLASSES else stable_hosts.module(name)),
+            Views(4),
+            precision="bf16-mixed",
+        )
+        assert all(value.isfinite() for value in run.callback_metrics.values())
 
     def test_real_images(self, name):
         """One line for the model, one for the data; the affinity learns, and k-NN is logged beside LoGo's terms."""
@@ -208,6 +217,12 @@ class TestOptimizers:
         logo = {"modules": "logo", "optimizer": {"type": "Adam", "lr": 0.001}, "scheduler": "ConstantLR"}
         optim = {"backbone": BACKBONE, "heads": HEADS, "logo": logo}
         assert self.homes(wrap(stable_hosts.module("byol")), optim) == [(2, 0, True)]
+
+    def test_regexes_that_split_it(self):
+        """A layer of the affinity that another optimizer has goes to the first one's."""
+        parts = {f"logo.affinity.{n}": {**BACKBONE, "modules": f"logo.affinity.*{n}"} for n in (0, 3)}
+        found = self.homes(wrap(stable_hosts.module("byol")), {"backbone": BACKBONE, "heads": HEADS, **parts})
+        assert [whole for _, _, whole in found] == [True]
 
     def test_no_optimizer_for_the_projector(self):
         model = wrap(stable_hosts.module("byol"))

@@ -22,6 +22,7 @@ _SHORT = {
     "fast_crops": "fast",
     "weigh_overlap": "iou",
     "local_predictor": "lpred",
+    "local_running_stats": "lstats",
     "preset": "",
     "local_weight": "lambda",
     "gradient_ratio": "ratio",
@@ -61,8 +62,9 @@ def named(cfg: DictConfig, options: Mapping[str, Any]) -> str:
 
 
 def _of_options(options: Mapping[str, Any]) -> str:
-    """Always lambda, then what is unusual; not `monitor`, which only looks."""
-    chosen = {name: value for name, value in differing(options).items() if name != "monitor"}
+    """Always lambda, then what is unusual; not what leaves the training as it is."""
+    neutral = ("monitor", "checkpoint_local_crops")
+    chosen = {name: value for name, value in differing(options).items() if name not in neutral}
     if options["gradient_ratio"] is None and options["affinity"]:
         chosen = {"local_weight": LoGoLoss(local_weight=options["local_weight"]).local_weight} | chosen
     return "".join(f"-{_short(name, value)}" for name, value in chosen.items())

@@ -14,6 +14,8 @@ OWN: dict[str, Any] = {
     "fast_crops": False,
     "weigh_overlap": False,
     "local_predictor": False,
+    "checkpoint_local_crops": False,
+    "local_running_stats": True,
     "preset": None,
     "monitor": False,
 }

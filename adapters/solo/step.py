@@ -18,6 +18,7 @@ from logo_plugin.affinity import Affinity
 from logo_plugin.crops import crop_overlap
 from logo_plugin.local_predictor import join_groups, stand_in
 from logo_plugin.losses import LoGoLoss, LoGoTerms, Similarity
+from logo_plugin.recomputing import local_forwards
 
 
 class Outputs(NamedTuple):
@@ -47,6 +48,7 @@ class LoGo(BaseMethod):
         options = dict(cfg.method_kwargs.logo)
         own = {name: options.pop(name) for name in OWN}
         self.fast_crops, self.weigh_overlap, self.monitor = (own[n] for n in ("fast_crops", "weigh_overlap", "monitor"))
+        self.local_forwards = {"checkpoint": own["checkpoint_local_crops"], "running_stats": own["local_running_stats"]}
         dim = dry_run(self, cfg)
         affinity = Affinity(dim, own["affinity_hidden_dim"], own["affinity_norm"]) if own["affinity"] else None
         self.logo = LoGoLoss(affinity=affinity, **options)
@@ -123,7 +125,11 @@ class LoGo(BaseMethod):
         if not self._similarity_checked:
             self._similarity_checked = True
             self._check_similarity(host_loss / scale, output(found, pred, "pred"), global_target, similarity)
-        with stand_in(getattr(self, "predictor", None), self.logo_local_predictor):
+        predictor = getattr(self, "predictor", None)
+        with (
+            stand_in(predictor, self.logo_local_predictor),
+            local_forwards(self, self.backbone, **self.local_forwards),
+        ):
             local = [self(crop) for crop in crops[self.num_large_crops :]]
         local_proj = [output(out, proj, "proj") for out in local]
         terms = self.logo.extend(

@@ -71,12 +71,13 @@ class StableModel(LoGoModel):
     def on_fit_start(self) -> None:
         """Now the optimizers exist, and saved states are not loaded yet: LoGo's parameters join the model's."""
         super().on_fit_start()  # type: ignore[misc]
-        _join(self, self.trainer.optimizers)
+        trainer: Any = self.trainer
+        _join(self, trainer.optimizers)
 
     def find_heads(self, projector: str | None) -> Heads:
         """The student's."""
-        owner, *heads = super().find_heads(projector)
-        return Heads(owner, *(head and _student(head) for head in heads))
+        heads = super().find_heads(projector)
+        return Heads(heads.owner, _student(heads.projector), heads.predictor and _student(heads.predictor))
 
     def find_backbone(self, heads: Heads) -> nn.Module | None:
         """The student's."""
@@ -151,10 +152,12 @@ def _join(model: StableModel, optimizers: list[torch.optim.Optimizer]) -> None:
             f"no optimizer of {type(model).__name__} has its projector, so LoGo does not know which one the affinity "
             "belongs to: widen the regex 'modules' of one in optim= so that it matches 'projector' or 'logo'."
         )
-    for group in homes[0].param_groups if homes else ():
-        if group.get("weight_decay") and not all(g.get("weight_decay") for g in homes[0].param_groups):
-            group["params"] = [parameter for parameter in group["params"] if parameter not in own]
-    join_optimizer(model, homes[0].param_groups if homes else [])
+    if homes:
+        undecayed = [group for group in homes[0].param_groups if not group.get("weight_decay")]
+        for group in groups:
+            if not any(group is kept for kept in undecayed or homes[0].param_groups):
+                group["params"] = [parameter for parameter in group["params"] if parameter not in own]
+        join_optimizer(model, homes[0].param_groups)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> set[Tensor]:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 
 @contextmanager
@@ -21,15 +20,17 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_statistics(module: nn.Module) -> Iterator[None]:
-    """While it lasts BatchNorm normalises as ever, but its running statistics stay as they are."""
-    norms = [child for child in module.modules() if isinstance(child, _NormBase)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked = norm.num_batches_tracked.clone()
+    """While it lasts BatchNorm and its kin normalise as ever, but their running statistics stay as they are."""
+    buffers = [
+        (child._buffers, name, buffer)
+        for child in module.modules()
+        for name, buffer in child._buffers.items()
+        if buffer is not None and (name.startswith("running_") or name == "num_batches_tracked")
+    ]
+    for holder, name, buffer in buffers:
+        holder[name] = buffer.clone()
     try:
         yield
     finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
+        for holder, name, buffer in buffers:
+            holder[name] = buffer

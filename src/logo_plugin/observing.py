@@ -184,8 +184,13 @@ def read_pairs(
     """
     preds, targets = [pred for pred, _ in pairs], [target.detach() for _, target in pairs]
     mean = torch.stack([similarity(pred, target) for pred, target in zip(preds, targets, strict=True)]).mean()
+    # Scaled as by a GradScaler: float16 has no room for the gradient of a mean over many images.
     of_mean, of_loss = (
-        full_precision(torch.cat(torch.autograd.grad(x, preds, retain_graph=True, materialize_grads=True)))
+        full_precision(
+            torch.cat(
+                torch.autograd.grad(x, preds, torch.full_like(x, 4096), retain_graph=True, materialize_grads=True)
+            )
+        )
         for x in (mean, host_loss)
     )
     scale = (of_loss * of_mean).sum() / (of_mean * of_mean).sum().clamp_min(1e-30)

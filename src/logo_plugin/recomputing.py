@@ -1,14 +1,30 @@
-"""Local crops without their activations: what the backbone computes for them is computed again in backward."""
+"""How local crops are forwarded: with their activations or computing them again in backward, counted or not."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils import checkpoint as checkpointing
 
 from logo_plugin.local_predictor import stand_in
 from logo_plugin.modes import kept_statistics
+
+
+@contextmanager
+def local_forwards(
+    model: nn.Module, backbone: nn.Module | None, *, checkpoint: bool, running_stats: bool
+) -> Iterator[None]:
+    """While it lasts, local crops are forwarded as the options say.
+
+    Args:
+        model: All that they go through.
+        backbone: What takes most of the memory.
+        checkpoint: Compute what the backbone keeps for backward again there.
+        running_stats: Whether they move BatchNorm's running statistics.
+    """
+    with recomputed(backbone if checkpoint else None), nullcontext() if running_stats else kept_statistics(model):
+        yield
 
 
 @contextmanager
@@ -31,7 +47,7 @@ def recomputed(backbone: nn.Module | None) -> Iterator[None]:
 
     def cheap(*args: Any, **kwargs: Any) -> Any:
         calls.append(len(args))
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        return checkpointing.checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     with stand_in(backbone, cheap):
         yield

@@ -6,7 +6,6 @@ from `LoGoModel.watch_step`, a wrong prediction from `_source` below. No host is
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,10 +15,9 @@ from logo_plugin.compiling import eager_frame, gradients_inside
 from logo_plugin.crops import CropBoxes, crop_overlap
 from logo_plugin.local_predictor import join_groups
 from logo_plugin.losses import LoGoTerms
-from logo_plugin.modes import kept_statistics
 from logo_plugin.observing import Observed, is_symmetric
 from logo_plugin.online import Heads, Method, Outputs, Source, outputs_of, run_online, source_of
-from logo_plugin.recomputing import recomputed
+from logo_plugin.recomputing import local_forwards
 from logo_plugin.wrapped import LoGoModel, resolve
 
 
@@ -84,8 +82,12 @@ def _logo_step(
     if settings.target:
         with torch.no_grad():
             targets = [model.call_logo(settings.target, view) for view in global_views]
-    backbone = model.find_backbone(heads) if settings.checkpoint_local_crops else None
-    with recomputed(backbone), nullcontext() if settings.local_running_stats else kept_statistics(model):
+    with local_forwards(
+        model,
+        model.find_backbone(heads),
+        checkpoint=settings.checkpoint_local_crops,
+        running_stats=settings.local_running_stats,
+    ):
         method, local_pred, local_proj = run_online(
             methods_of(model, heads),
             heads,
