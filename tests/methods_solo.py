@@ -8,8 +8,8 @@ from solo_clone import batch, build, gradients, import_solo
 from logo_plugin import wrap
 
 NOTES = {
-    "solo-learn": "All of `solo.methods.METHODS`; [settings for each](solo-learn.md) come with `+logo=...`. Options after "
-    '"no" are refused for that method.'
+    "solo-learn": "All of `solo.methods.METHODS`; [settings for each](solo-learn.md) come with `+logo=...`. "
+    'Options after "no" are refused for that method.'
 }
 
 

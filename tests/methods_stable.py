@@ -11,7 +11,9 @@ from torch import nn
 
 from logo_plugin import wrap
 
-NOTES = {"stable-pretraining": "Its forwards and the classes of its `methods`, with `wrap(module)`."}
+NOTES = {
+    "stable-pretraining": "Its forwards and the classes of its `methods`, with [`wrap(module)`](stable-pretraining.md)."
+}
 
 
 def _host(name, filled=0):
