@@ -1,7 +1,12 @@
 """`export_backbone` and `python -m logo_plugin export`: the values of a run under timm's and torchvision's names."""
 
+import os
+import re
+import shlex
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,14 +15,18 @@ import timm
 import torch
 import torchvision
 from hosts import BYOL, Momentum, SimSiam
+from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead, SimSiamProjectionHead
 from photos import tiles
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
 from logo_plugin import LoGoLearner, MultiCropCollate, wrap
 from logo_plugin.__main__ import main
 from logo_plugin.export import export_backbone
+
+ROOT = os.environ.get("SOLO_LEARN_ROOT")
 
 
 def headless(arch="resnet18"):
@@ -35,7 +44,7 @@ class ResNetBYOL(BYOL):
         self.projection_head = BYOLProjectionHead(512, 32, 16)
         self.prediction_head = BYOLPredictionHead(16, 24, 16)
         self.copy_momentum()
-        self.criterion = nn.CosineEmbeddingLoss()
+        self.criterion = NegativeCosineSimilarity()
 
 
 class Holder(SimSiam):
@@ -59,18 +68,12 @@ def output(model, images):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A Lightning checkpoint of a few steps on real tiles, and the backbone that was trained."""
-    from lightly.loss import NegativeCosineSimilarity
-
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
-    model = ResNetBYOL()
-    model.criterion = NegativeCosineSimilarity()
-    model = wrap(model)
+    model = wrap(ResNetBYOL())
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = pl.Trainer(max_steps=2, accelerator="cpu", enable_model_summary=False, **options)
     loader = DataLoader(tiles(16), batch_size=8, collate_fn=MultiCropCollate.cifar10())
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(model, loader)
@@ -199,6 +202,11 @@ def test_values_that_fit_in_a_network_that_computes_something_else():
         export_backbone(model, "timm", "resnet18")
 
 
+def test_an_ordinary_stem_where_another_was_said():
+    with pytest.raises(ValueError, match="That is the ordinary stem: go without --cifar-stem"):
+        export_backbone(Holder(headless()), cifar_stem=1)
+
+
 def two():
     parts = nn.ModuleDict({"encoder_q": headless(), "encoder_k": headless()})
     return parts.state_dict()
@@ -251,10 +259,72 @@ def test_crops_of_a_picture(tmp_path, capsys):
     tile.save(tmp_path / "photo.png")
     command = ["crops", str(tmp_path / "photo.png"), "--output", str(tmp_path / "crops.png")]
     assert main([*command, "--option", "global_size=64", "--option", "local_size=32"]) == 0
-    from PIL import Image
-
     first = Image.open(tmp_path / "crops.png").convert("RGB")
     colors = {color for _, color in first.getcolors(first.width * first.height)}
     assert {(31, 119, 180), (255, 127, 14)} <= colors  # boxes of both kinds
     assert main([*command, "--option", "global_sise=64"]) == 1
     assert "did you mean" in capsys.readouterr().err.lower()
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's, of few workers and few batches
+def test_blocks_of_the_page_run_in_order(run, tmp_path, monkeypatch, capfd):
+    """docs/after-pretraining.md from a checkpoint to a fine-tuned network, on tiles of photographs."""
+    checkpoint, model = run
+    page = (Path(__file__).parents[1] / "docs" / "after-pretraining.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "byol.ckpt").symlink_to(checkpoint)
+    names = {"model": model, "train": tiles(40, 64), "held_out": tiles(56, 64)[40:]}
+    for kind, block in re.findall(r"```(bash|python)\n(.*?)```", page, re.S):
+        if kind == "bash":
+            assert main(shlex.split(block)[3:]) == 0
+        else:
+            exec(compile(block, "after-pretraining.md", "exec"), names)
+    assert names["lacking"].missing_keys == ["fc.weight", "fc.bias"]
+    assert names["lacking"].unexpected_keys == []
+    assert names["linear"].model is names["backbone"]
+    assert torch.isfinite(names["loss"])
+    out = capfd.readouterr().out
+    assert re.search(r"k-NN 0\.\d+, linear probe [01]\.\d+", out)
+    assert "val_top1" in out
+
+
+@pytest.mark.skipif(not ROOT, reason="set SOLO_LEARN_ROOT to a clone of solo-learn")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dataset", ["custom", "cifar10"])
+def test_checkpoint_of_solo_learn(dataset, tmp_path, image, capsys, monkeypatch):
+    import lightning.pytorch
+    from omegaconf import OmegaConf
+
+    monkeypatch.syspath_prepend(ROOT)
+    import logo_plugin.adapters.solo  # noqa: F401
+    from solo.methods import METHODS
+
+    heads = {"proj_hidden_dim": 16, "proj_output_dim": 8, "pred_hidden_dim": 16}
+    model = METHODS["logo_byol"](
+        OmegaConf.create(
+            {
+                "method": "logo_byol",
+                "name": "run",
+                "backbone": {"name": "resnet18"},
+                "data": {"dataset": dataset, "num_classes": 10, "num_large_crops": 2, "num_small_crops": 2},
+                "augmentations": [{"crop_size": 32}, {"crop_size": [32, 32]}],
+                "max_epochs": 1,
+                "momentum": {"base_tau": 0.9, "final_tau": 1.0},
+                "optimizer": {"name": "sgd", "batch_size": 4, "lr": 0.1, "classifier_lr": 0.1, "weight_decay": 1e-4},
+                "scheduler": {"name": "none"},
+                "method_kwargs": heads,
+            }
+        )
+    )
+    trainer = lightning.pytorch.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "byol-ep=0.ckpt")
+    stem = ["--cifar-stem", "2"] if dataset == "cifar10" else []
+    command = ["export", str(tmp_path / "byol-ep=0.ckpt"), str(tmp_path / "b.pt"), "--arch", "resnet18", *stem]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "from backbone, by name" in said
+    assert "momentum_backbone would fit too" in said
+    names = {}
+    exec(said.split("It loads with\n\n")[1], names)
+    torch.testing.assert_close(output(names["model"], image), output(model.backbone, image))

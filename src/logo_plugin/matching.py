@@ -46,10 +46,10 @@ def matches(shapes: Shapes, paths: Iterable[str], architecture: Architecture) ->
 
 
 def _nearer(other: Match, match: Match) -> bool:
-    """Of modules in each other the one with the library's names counts, or the inner."""
+    """Of modules in each other the one with the library's names counts, or the outer, which may hold the pooling."""
     if other.path == match.path or not (under(other.path, match.path) or under(match.path, other.path)):
         return False
-    return (other.by, -len(other.path)) < (match.by, -len(match.path))
+    return (other.by, len(other.path)) < (match.by, len(match.path))
 
 
 def _part(shapes: Shapes, path: str) -> dict[str, tuple[int, ...]]:
@@ -94,8 +94,10 @@ def why_none(shapes: Shapes, paths: Iterable[str], architecture: Architecture, w
         f"difference{'s' if len(wrong) > 1 else ''}: {shown}."
     )
     kernel = re.search(r"\(\d+, (\d+), (\d+), \2\)", wrong[0]) if len(wrong) == 1 else None
-    if kernel and kernel[2] == "3" and "conv1" in wrong[0]:
+    if kernel and "conv1" in wrong[0] and kernel[2] == "3":
         return f"{message} That is the stem for small images: --cifar-stem 1, of solo-learn --cifar-stem 2."
+    if kernel and wrong[0].endswith("3, 3)"):
+        return f"{message} That is the ordinary stem: go without --cifar-stem."
     if kernel and library == "timm":
         return f"{message} For images of {kernel[1]} channels: --option in_chans={kernel[1]}."
     fits = next((name for name, other in common(library) if matches(shapes, paths, other)), None)
