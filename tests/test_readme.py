@@ -68,7 +68,7 @@ def test_block_runs(name, tmp_path, monkeypatch):
 def test_blocks_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
     """Nothing is supplied: a reader pastes one below the other."""
     monkeypatch.chdir(tmp_path)
-    names = {}
+    names = {"__name__": "readme"}
     for block in README_BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
     assert names["model"].logo_terms.total.isfinite()
