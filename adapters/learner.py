@@ -39,7 +39,7 @@ class LoGoLearner(nn.Module):
     batches: `drop_last=True`). BatchNorm is not shuffled. `terms` holds the last forward's terms, detached.
 
     Args:
-        backbone: Trained in place; images (N, 3, H, W) to features (N, F) or (N, F, 1, 1); timm: `num_classes=0`.
+        backbone: Trained in place; images (N, C, H, W) to features (N, F) or (N, F, 1, 1); timm: `num_classes=0`.
         method: "byol", "simsiam" or "moco".
         image_size: Sides of the global and local crops, one of each forwarded here in eval mode to find F.
         global_crops: How many of the views are global; they come first.
@@ -170,11 +170,12 @@ def _features(backbone: nn.Module, sizes: Sequence[int]) -> int:
     for size in sizes:
         positive_integer("each of image_size", size)
     like = next(backbone.parameters())
+    channels = next((module.in_channels for module in backbone.modules() if isinstance(module, nn.Conv2d)), 3)
     shapes: dict[int, tuple[int, ...]] = {}
     try:
         with eval_mode(backbone), torch.no_grad():  # BatchNorm's statistics stay
             for size in sizes:
-                shape = shapes[size] = tuple(backbone(torch.zeros(1, 3, size, size).to(like)).shape)
+                shape = shapes[size] = tuple(backbone(torch.zeros(1, channels, size, size).to(like)).shape)
     except (AssertionError, RuntimeError, ValueError) as error:
         hint = "in timm a ViT wants dynamic_img_size=True, a Swin strict_img_size=False; others want crops of one size"
         raise ValueError(f"the backbone can't take images of {size} x {size} pixels ({error}): {hint}.") from error
