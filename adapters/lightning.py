@@ -165,8 +165,10 @@ class LoGoMonitor(_Callback):
 
     def _report_nonfinite(self, trainer: Any) -> None:
         """The only look at them: it waits for the device."""
-        first = [] if self._first_bad is None else self._first_bad.tolist()
-        found = {name: int(at) for name, at in zip(LoGoTerms._fields, first, strict=False) if 0 <= at < math.inf}
+        if self._first_bad is None:
+            return
+        first = zip(LoGoTerms._fields, self._first_bad.tolist(), strict=True)
+        found = {name: int(at) for name, at in first if 0 <= at < math.inf}
         if not found:
             return
         self._first_bad = torch.full_like(self._first_bad, -1.0)  # once a run

@@ -111,6 +111,19 @@ def test_any_precision_is_computed_in_float32_at_least(weights, inputs, norm):
     affinity.eval()(*z)
 
 
+def test_backward_inside_autocast_stays_in_float32():
+    gradients = []
+    for inside in (True, False):
+        torch.manual_seed(0)
+        affinity, z = Affinity(8, 16), projections(dtype=torch.float32)
+        terms = affinity_terms(affinity, z, partner=torch.arange(6).roll(1))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            sum(terms).backward()
+        gradients.append([*(p.grad for p in affinity.parameters()), *(v.grad for v in z)])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("method", ["byol", "simsiam", "moco"])
 @pytest.mark.parametrize("options", [{}, {"gradient_ratio": 0.1}, {"affinity_loss": "difference"}])
 def test_a_whole_model_in_half_precision(method, options):

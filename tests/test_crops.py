@@ -435,7 +435,7 @@ def test_bad_options_say_what_was_expected(option, value, match):
     [
         ((), {"size": 96}, r"unknown option size; did you mean global_size or local_size\? There are blur_p, "),
         ((), {"local_crop": 4}, r"unknown option local_crop; did you mean local_crops\?"),
-        ((), {"workers": 4}, r"unknown option workers\. There are"),
+        ((), {"workers": 4}, r"unknown option workers; none is near\. There are"),
         ((), {"_warned": set()}, "unknown option _warned"),
         ((2, 4), {}, r"takes its options by name, as in global_size=224; got \(2, 4\)"),
     ],

@@ -187,7 +187,7 @@ def test_bfloat16_and_a_compiled_backbone():
         ({"momentun": 0.9}, TypeError, r"unknown option momentun; did you mean momentum\?"),
         ({"method": "simsiam", "queue_size": 8}, TypeError, r"method='simsiam'.*unknown option queue_size"),
         ({"similarity": "cosine"}, TypeError, "unknown option similarity"),
-        ({"lr": 0.1}, TypeError, r"unknown option lr\. There are affinity, "),
+        ({"lr": 0.1}, TypeError, r"unknown option lr; none is near\. There are affinity, "),
         ({"lamda": 0.1}, TypeError, r"unknown option lamda; did you mean local_weight\?"),
         ({"lambda": 0.1}, TypeError, r"unknown option lambda; did you mean local_weight\?"),
         ({"momentum": 1.5}, ValueError, r"momentum must be a number between 0 and 1, got 1\.5; the default is 0\.996"),

@@ -133,8 +133,8 @@ def unknown_option(name: str, valid: Iterable[str], prefix: str = "") -> str:
     valid = sorted(valid)
     near = ["local_weight"] if name.strip("_").lower() in _LAMBDA and "local_weight" in valid else []
     near = near or difflib.get_close_matches(name, valid, n=1) or [v for v in valid if name in v.split("_")][:3]
-    asked = f"; did you mean {' or '.join(prefix + v for v in near)}?" if near else "."
-    return f"unknown option {prefix}{name}{asked} There are {', '.join(valid)}."
+    asked = f"did you mean {' or '.join(prefix + v for v in near)}?" if near else "none is near."
+    return f"unknown option {prefix}{name}; {asked} There are {', '.join(valid)}."
 
 
 _LAMBDA = ("lambda", "lamda", "lambd", "lmbda", "lam")
