@@ -234,10 +234,7 @@ def plain(method, logo):
         "byol": (hosts.PlainBYOL, NegativeCosineSimilarity()),
         "moco": (hosts.PlainMoCo, NTXentLoss(temperature=0.1, memory_bank_size=(64, 16))),
     }[method]
-    if logo:
-        model = wrap(cls(), criterion=criterion, local_weight=0.1)
-    else:
-        model = cls()
+    model = wrap(cls(), criterion=criterion, local_weight=0.1) if logo else cls()
     return model, functools.partial(plain_step, criterion, logo), criterion
 
 
@@ -297,7 +294,7 @@ def main():
         for logo in (False, True):
             if name.startswith("learner") and not logo:
                 continue
-            has_state = "moco" in name and "learner" not in name or name == "tico"
+            has_state = name in ("moco", "loop moco", "tico")
             cells = []
             for level, cures in LEVELS.items():
                 if level == "state" and not has_state:
