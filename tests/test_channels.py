@@ -164,6 +164,7 @@ def test_micrograph_of_the_page():
 
 
 @pytest.mark.filterwarnings("ignore::lightning_fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0")
 @pytest.mark.parametrize("channels", [1, 5])
@@ -176,4 +177,5 @@ def test_monitor_draws_other_channels(channels, tmp_path):
     samples = [(picture(channels), i) for i in range(4)]
     trainer.fit(wrap(model), DataLoader(samples, batch_size=4, collate_fn=MultiCropCollate(**options(channels))))
     (drawn,) = tmp_path.rglob("logo_crops/epoch_0000.png")
-    assert Image.open(drawn).mode == "RGB"
+    with Image.open(drawn) as image:
+        assert image.mode == "RGB"
