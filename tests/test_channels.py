@@ -4,15 +4,19 @@ import io
 import re
 from pathlib import Path
 
+import hosts
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import timm
 import torch
 from photos import tiles
 from PIL import Image
+from pytorch_lightning.loggers import CSVLogger
 from skimage import data
+from torch.utils.data import DataLoader
 
-from logo_plugin import LoGoLearner, MultiCropCollate, MultiCropTransform
+from logo_plugin import LoGoLearner, LoGoMonitor, MultiCropCollate, MultiCropTransform, wrap
 from logo_plugin.augment import Recipe, augment
 
 SMALL = {"global_size": 40, "local_size": 24}
@@ -157,3 +161,21 @@ def test_micrograph_of_the_page():
     names = {}
     exec(block, names)
     assert [tuple(view.shape) for view in names["views"]] == [(2, 2, 224, 224)] * 2 + [(2, 2, 96, 96)] * 2
+
+
+@pytest.mark.filterwarnings("ignore::lightning_fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0")
+@pytest.mark.parametrize("channels", [1, 5])
+def test_monitor_draws_other_channels(channels, tmp_path):
+    """The first three, or one as gray."""
+    model = hosts.SimSiam()
+    model.backbone[0] = torch.nn.Conv2d(channels, 16, 3, stride=2)
+    run = {"max_steps": 1, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(**run, logger=CSVLogger(tmp_path), callbacks=[LoGoMonitor()], log_every_n_steps=1)
+    samples = [(picture(channels), i) for i in range(4)]
+    trainer.fit(wrap(model), DataLoader(samples, batch_size=4, collate_fn=MultiCropCollate(**options(channels))))
+    (drawn,) = tmp_path.rglob("logo_crops/epoch_0000.png")
+    with Image.open(drawn) as image:
+        assert image.mode == "RGB"

@@ -76,6 +76,15 @@ def test_a_wrong_solo_learn_root_is_named(tmp_path, root, what):
     assert f"SOLO_LEARN_ROOT={root} {what}: set it to the root of a clone of solo-learn" in done.stdout
 
 
+def test_commands_and_hosts(capsys):
+    assert main(["doctor", "timm"]) == main(["timm"]) == 0
+    said = capsys.readouterr().out
+    assert said[: len(said) // 2] == said[len(said) // 2 :]
+    with pytest.raises(SystemExit):
+        main(["exprot", "byol.ckpt"])
+    assert "unknown host or command byol.ckpt, exprot" in capsys.readouterr().err
+
+
 def test_both_lightnings_and_numpy_are_shown(capsys):
     main([])
     out = capsys.readouterr().out

@@ -202,6 +202,23 @@ def test_values_that_fit_in_a_network_that_computes_something_else():
         export_backbone(model, "timm", "resnet18")
 
 
+@pytest.mark.parametrize(
+    ("online", "other"),
+    [
+        ("backbone.student", "backbone.teacher"),  # stable-pretraining's TeacherStudentWrapper
+        ("student_backbone", "teacher_backbone"),
+        ("module.backbone._orig_mod", "module.backbone_ema"),  # DDP around torch.compile
+    ],
+)
+def test_the_online_network_is_taken(online, other):
+    first, second = headless(), headless()
+    state = {f"{path}.{key}": value for path, net in ((other, second), (online, first)) for key, value in
+             net.state_dict().items()}  # fmt: skip
+    found = export_backbone({"state_dict": state}, "torchvision")
+    assert (found.path, found.others) == (online, [other])
+    assert torch.equal(found.state_dict["conv1.weight"], first.conv1.weight)
+
+
 def test_an_ordinary_stem_where_another_was_said():
     with pytest.raises(ValueError, match="That is the ordinary stem: go without --cifar-stem"):
         export_backbone(Holder(headless()), cifar_stem=1)

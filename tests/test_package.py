@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import logo_plugin
 from logo_plugin import wrap
+from logo_plugin.__main__ import main
 
 
 def test_core_imports_no_host_library():
@@ -20,6 +22,19 @@ def test_core_imports_no_host_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_command_is_the_module():
+    (script,) = metadata.entry_points(group="console_scripts", name="logo-plugin")
+    assert script.load() is main
+
+
+def test_metadata_of_one_address():
+    about = metadata.metadata("logo-plugin")
+    assert about["Author"]
+    addresses = [line.split(", ")[1] for line in about.get_all("Project-URL") if not line.startswith("Paper")]
+    assert len(addresses) == 3
+    assert all(address.startswith(about["Home-page"]) for address in addresses)
 
 
 def test_public_names():

@@ -49,7 +49,6 @@ def _source(pixels: Tensor, boxes: Tensor, kinds: Sequence[str], height: int) ->
     drawn = draw_bounding_boxes(
         small,
         (boxes * scale).round(),
-        labels=[str(i) for i in range(len(boxes))],
         colors=[_COLORS[kind] for kind in kinds],
         width=3,
     )
