@@ -39,7 +39,7 @@ class LoGoLearner(nn.Module):
     batches: `drop_last=True`). BatchNorm is not shuffled. `terms` holds the last forward's terms, detached.
 
     Args:
-        backbone: Trained in place; images (N, 3, H, W) to features (N, F) or (N, F, 1, 1); timm: `num_classes=0`.
+        backbone: Trained in place; images (N, C, H, W) to features (N, F) or (N, F, 1, 1); timm: `num_classes=0`.
         method: "byol", "simsiam" or "moco".
         image_size: Sides of the global and local crops, one of each forwarded here in eval mode to find F.
         global_crops: How many of the views are global; they come first.
@@ -55,6 +55,7 @@ class LoGoLearner(nn.Module):
     Raises:
         TypeError: If an option is none of `LoGoLoss` or the method, or the backbone no module.
         ValueError: If an option is out of its range, or the backbone can't take `image_size`, or has no values.
+        RuntimeError: In forward, if FSDP shards the whole without `backbone`, `projector` and `target` on their own.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class LoGoLearner(nn.Module):
         count, learns = self.global_crops, self.training and torch.is_grad_enabled()
         if learns and self.target is not None:
             online = [*self.backbone.parameters(), *self.projector.parameters()]
+            _check_sharding(self, online)
             for old, new in zip(self.target.parameters(), online, strict=True):
                 old.lerp_(new.detach(), 1 - self.momentum)
         proj, pred = self._online(views[:count])
@@ -139,6 +141,17 @@ class LoGoLearner(nn.Module):
     def _online(self, views: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         proj = [self.projector(self.backbone(view).flatten(1)) for view in views]
         return proj, [self.predictor(z) for z in proj]
+
+
+def _check_sharding(learner: LoGoLearner, online: Sequence[Tensor]) -> None:
+    """Refuses FSDP around the whole: what the forward then sees is a copy, so that the target would never move."""
+    sharded = any(cls.__name__ == "FSDPModule" for cls in type(learner).__mro__)
+    if sharded and not all(hasattr(p, "full_tensor") for p in online):
+        raise RuntimeError(
+            "FSDP has gathered the learner's parameters for this forward and drops what changes in them, but the "
+            "target moves in forward. Shard the parts first: for part in (learner.backbone, learner.projector, "
+            "learner.target): fully_shard(part); then the whole: fully_shard(learner)."
+        )
 
 
 def _check_backbone(backbone: Any) -> None:
@@ -170,11 +183,12 @@ def _features(backbone: nn.Module, sizes: Sequence[int]) -> int:
     for size in sizes:
         positive_integer("each of image_size", size)
     like = next(backbone.parameters())
+    channels = next((module.in_channels for module in backbone.modules() if isinstance(module, nn.Conv2d)), 3)
     shapes: dict[int, tuple[int, ...]] = {}
     try:
         with eval_mode(backbone), torch.no_grad():  # BatchNorm's statistics stay
             for size in sizes:
-                shape = shapes[size] = tuple(backbone(torch.zeros(1, 3, size, size).to(like)).shape)
+                shape = shapes[size] = tuple(backbone(torch.zeros(1, channels, size, size).to(like)).shape)
     except (AssertionError, RuntimeError, ValueError) as error:
         hint = "in timm a ViT wants dynamic_img_size=True, a Swin strict_img_size=False; others want crops of one size"
         raise ValueError(f"the backbone can't take images of {size} x {size} pixels ({error}): {hint}.") from error

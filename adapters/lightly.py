@@ -155,6 +155,10 @@ def _optimizers(configured: Any) -> Iterator[torch.optim.Optimizer]:
 
 
 def _describe(batch: Any) -> str:
+    if isinstance(batch, dict):
+        return (
+            f"a dict of {sorted(map(str, batch))}; for samples that are dicts give it MultiCropCollate(image_key=...)"
+        )
     if isinstance(batch, (list, tuple)):
         return f"{type(batch).__name__} [{', '.join(_describe(item) for item in batch[:4])}]"
     return f"tensor {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__

@@ -227,11 +227,12 @@ def _picture(views: Sequence[Tensor], images: int, trainer: Any) -> Tensor:
     collate = getattr(trainer.train_dataloader, "collate_fn", None)
     # Where the statistics are not known the default, ImageNet's: colours are off by little.
     known = collate if isinstance(collate, MultiCropTransform) else MultiCropTransform
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (known.mean, known.std))
+    mean, std = (torch.tensor(values[:3]).view(-1, 1, 1) for values in (known.mean, known.std))
     height, width = (max(view.shape[i] for view in views) for i in (2, 3))
     columns = []
     for view in views:
         pixels = (view[:images, :3].detach().float().cpu() * std + mean).clamp(0, 1)
+        pixels = pixels if pixels.shape[1] == 3 else pixels[:, :1].expand(-1, 3, -1, -1)
         down, across = height - view.shape[2], width - view.shape[3]
         columns.append(F.pad(pixels, (across // 2, across - across // 2, down // 2, down - down // 2), value=1.0))
     grid: Tensor = make_grid(torch.stack(columns, 1).flatten(0, 1), nrow=len(views), pad_value=1.0)

@@ -1,5 +1,7 @@
 """Sphinx settings; `make docs` builds the site into build/docs, and a warning fails it."""
 
+from importlib import metadata
+
 import logo_plugin
 
 project = "logo-plugin"
@@ -7,6 +9,9 @@ release = logo_plugin.__version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb"]
 html_theme = "furo"
 html_title = f"logo-plugin {release}"
+html_favicon = "static/favicon.svg"
+_repository = metadata.metadata("logo-plugin")["Home-page"]  # set in setup.cfg
+html_theme_options = {"footer_icons": [{"name": "Repository", "url": _repository, "html": "Repository", "class": ""}]}
 html_show_copyright = False
 html_show_sphinx = False
 html_static_path = ["static"]

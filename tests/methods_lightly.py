@@ -71,7 +71,7 @@ class Result:
 
 
 def rows() -> list[tuple[str, str, str, str]]:
-    """(host, method, verdict, reason) of every file."""
+    """(host, method, verdict, remark) of every file."""
     return [examine(name).row for name in files()]
 
 
@@ -122,7 +122,7 @@ def examine(name: str) -> Result:
     if error is not None:
         if not re.search(NO_WAY, str(error)):
             problems.append(f"the last error does not say that there is no way: {error}")
-        verdict, reason = "refused", first_sentence(str(error))
+        verdict, remark = "refused", str(error)
     else:
         host = run(None, global_crops)
         if host.error:
@@ -131,8 +131,8 @@ def examine(name: str) -> Result:
         problems += differences(at_zero, host) + training_problems(trained, host, global_crops)
         local_global = trained.terms[0].local_global if trained.terms else None
         given = ", ".join("`step=`" if value is STEP else f"`{key}={value!r}`" for key, value in options.items())
-        verdict, reason = f"works with {given}" if given else "works", ""
-    row = (HOSTS[folder], variant or method_name(source, file), verdict, reason)
+        verdict, remark = f"works with {given}" if given else "works", ""
+    row = (HOSTS[folder], variant or method_name(source, file), verdict, remark)
     return Result(row, problems, options, [crop.detach() for crop in at_zero.views[0]], local_global)
 
 
@@ -202,10 +202,6 @@ def distance(found: Tensor, expected: Tensor) -> float:
         return float("inf")
     off = (found.double() - expected.double()).norm()
     return float(off / expected.double().norm().clamp_min(1e-4)) if off > 1e-6 else 0.0
-
-
-def first_sentence(text: str) -> str:
-    return re.match(r".*?(?:[.](?=\s)|$)", " ".join(text.split()))[0].rstrip(".") + "."
 
 
 def method_name(source: str, file: str) -> str:

@@ -7,6 +7,11 @@ from solo_clone import batch, build, gradients, import_solo
 
 from logo_plugin import wrap
 
+NOTES = {
+    "solo-learn": "All of `solo.methods.METHODS`; [settings for each](solo-learn.md) come with `+logo=...`. "
+    'Options after "no" are refused for that method.'
+}
+
 
 def rows() -> list[tuple[str, str, str, str]]:
     """(host, method, verdict, reason) for each of `solo.methods.METHODS`; the verdict is works or refused.

@@ -11,6 +11,10 @@ from torch import nn
 
 from logo_plugin import wrap
 
+NOTES = {
+    "stable-pretraining": "Its forwards and the classes of its `methods`, with [`wrap(module)`](stable-pretraining.md)."
+}
+
 
 def _host(name, filled=0):
     model = stable_hosts.host(name)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 COMMAND = "python tests/methods_table.py --write docs/methods.md"
-# Each module has rows() -> [(host, method, verdict, reason)], and may have NOTES: a line of text for a host.
+# Each module has rows() -> [(host, method, verdict, remark)]; its NOTES, if any, are a line of text for a host. The
+# remark is how the method is chosen, or the error that refuses it.
 SOURCES = {
     "methods_lightly": lambda: "LIGHTLY_ROOT" in os.environ,
     "methods_solo": lambda: "SOLO_LEARN_ROOT" in os.environ,
@@ -37,13 +38,17 @@ def fresh(name: str) -> dict[str, str]:
 
 def section(rows: Iterable[tuple[str, str, str]], note: str) -> str:
     order = sorted(rows, key=lambda row: (row[1] == "refused", row[1] != "works"))
-    lines = [f"| {method} | {verdict} | {escaped(reason)} |" for method, verdict, reason in order]
-    table = "\n".join(["| method | with LoGo | why not |", "|---|---|---|", *lines])
+    lines = [f"| {method} | {verdict} | {escaped(first_sentence(remark))} |" for method, verdict, remark in order]
+    table = "\n".join(["| method | with LoGo | how, or why not |", "|---|---|---|", *lines])
     return f"{note}\n\n{table}" if note else table
 
 
-def escaped(reason: str) -> str:
-    return re.sub(r"([|*<>\[\]`])", r"\\\1", reason)
+def first_sentence(text: str) -> str:
+    return re.match(r".*?(?:\.(?=\s)|$)", " ".join(text.split()))[0]
+
+
+def escaped(text: str) -> str:
+    return re.sub(r"([|*<>\[\]`])", r"\\\1", text)
 
 
 def sections(page: str) -> dict[str, str]:

@@ -106,6 +106,7 @@ def test_local_crops_of_lightly_are_pulled_to_what_the_method_takes_for_targets(
     torch.testing.assert_close(found, torch.stack(losses).mean(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")  # the hosts' own
 @pytest.mark.parametrize("source", methods_table.SOURCES)
 def test_page_is_what_the_runs_say(source):
     if source not in methods_table.here():

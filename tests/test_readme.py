@@ -19,9 +19,12 @@ BLOCKS = {
     f"{page.name}-{i}": block
     for page in PAGES
     for i, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
+    if page.name != "README.md"
 }
-# They need the reader's folders of images, or a clone of solo-learn, and are compiled only.
-NEED_MORE = ("crops.md", "solo-learn.md")
+README_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+# They need the reader's folders of images, a clone of solo-learn, or each other (tests/test_export.py runs those), and
+# are compiled only.
+NEED_MORE = ("after-pretraining.md", "crops.md", "solo-learn.md")
 
 
 def users_names(folder):
@@ -82,8 +85,21 @@ def test_block_runs(name, tmp_path, monkeypatch):
         assert terms.total.isfinite()
 
 
+@pytest.mark.filterwarnings("ignore::lightning_fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX`")
+def test_blocks_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
+    """Nothing is supplied: a reader pastes one below the other."""
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "readme"}
+    for block in README_BLOCKS:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["model"].logo_terms.total.isfinite()
+
+
 def test_the_first_loop_is_short():
-    assert len(BLOCKS["README.md-0"].strip().splitlines()) <= 20
+    assert len(README_BLOCKS[0].strip().splitlines()) <= 20
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,189 +1,124 @@
-"""`python -m logo_plugin [lightly] [solo] [timm]`: what is installed, what fits, and what to do about the rest."""
+"""`python -m logo_plugin` and `logo-plugin`: `doctor` (the default), `export`, `crops`."""
 
 import argparse
-import importlib.util
-import os
-import pkgutil
-import platform
-import re
+import ast
 import sys
-import warnings
-from importlib import metadata
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import logo_plugin
-
-HOSTS = ("lightly", "solo", "timm")
-SHOWN = (
-    "torch",
-    "torchvision",
-    "numpy",
-    "lightning",
-    "pytorch-lightning",
-    "torchmetrics",
-    "hydra-core",
-    "lightly",
-    "timm",
-)
+from logo_plugin import doctor
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the report.
+    """Runs a command.
 
     Args:
-        arguments: Hosts that must work; the command line by default.
+        arguments: The command and its own arguments; the process's by default. Without a command it is the doctor.
 
     Returns:
-        1 if the core, or a host asked for, can't work; else 0.
+        0, or 1 if something is the matter.
     """
-    parser = argparse.ArgumentParser(prog="python -m logo_plugin", description=__doc__.split(": ", 1)[1])
-    parser.add_argument("hosts", nargs="*", metavar="host", help=f"must work: {', '.join(HOSTS)}")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands = {"export": _export, "crops": _crops}
+    if arguments and arguments[0] in commands:
+        try:
+            return commands[arguments[0]](arguments[1:])
+        except (ImportError, OSError, TypeError, ValueError) as error:
+            print(f"logo-plugin {arguments[0]}: {error}", file=sys.stderr)
+            return 1
+    if arguments[:1] == ["doctor"]:
+        arguments = arguments[1:]
+    parser = argparse.ArgumentParser(
+        prog="logo-plugin",
+        description="What is installed, what fits, and what to do about the rest.",
+        epilog="Other commands: logo-plugin export CHECKPOINT OUTPUT, logo-plugin crops IMAGE; each takes --help.",
+    )
+    parser.add_argument("hosts", nargs="*", metavar="host", help=f"must work: {', '.join(doctor.HOSTS)}")
     parser.add_argument("--version", action="version", version=f"logo_plugin {logo_plugin.__version__}")
     asked = parser.parse_args(arguments).hosts
-    if unknown := sorted(set(asked) - set(HOSTS)):
-        parser.error(f"unknown host {', '.join(unknown)}; there are {', '.join(HOSTS)}")
-
-    print(f"{'logo_plugin':19}{logo_plugin.__version__}  {Path(logo_plugin.__file__).parent}")
-    print(f"{'python':19}{platform.python_version()}")
-    for name in SHOWN:
-        print(f"{name:19}{_version(name) or 'not installed'}")
-    root = _solo_root()
-    print(f"{'solo-learn':19}{f'{_solo_version(root)}  {root}' if root else 'not found'}")
-    failed = bool(_report("core", [*_stranger(), *_misfits(None), *_imports()]))
-    for host in HOSTS:
-        problems = _misfits(host)
-        methods: list[str] = []
-        if host == "solo":
-            if wrong := _wrong_solo_root():
-                problems.append(wrong)
-            elif root is None:
-                problems.append(
-                    "solo-learn is used from a clone: git clone https://github.com/vturrisi/solo-learn, then run "
-                    "this there or with SOLO_LEARN_ROOT=<the clone>"
-                )
-            elif not problems:
-                methods, problems = _solo_methods()
-        elif not problems:
-            methods = {"lightly": ["wrap() for BYOL, MoCo and SimSiam models"], "timm": ["backbones"]}[host]
-        failed |= bool(_report(host, problems, methods, asked=host in asked)) and host in asked
-    return int(failed)
+    if unknown := sorted(set(asked) - set(doctor.HOSTS)):
+        parser.error(
+            f"unknown host or command {', '.join(unknown)}; hosts are {', '.join(doctor.HOSTS)}, commands doctor, "
+            "export and crops"
+        )
+    return doctor.report(asked)
 
 
-def _report(name: str, problems: list[str], methods: list[str] | None = None, asked: bool = True) -> list[str]:
-    # Most people want one host: what the others lack is no fault.
-    state = ("does not work" if asked else "not ready (only if you want it)") if problems else "ok"
-    print(f"\n{name}: {state}{', ' + ', '.join(methods) if methods else ''}")
-    for problem in problems:
-        print(f"  - {problem}")
-    return problems
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _misfits(extra: str | None) -> list[str]:
-    """Compares what is installed with the requirements in this package's own metadata."""
-    if _version("logo-plugin") is None:
-        return [] if extra else ["logo_plugin is not installed, only on the path: pip install . in its folder"]
-    found: list[str] = []
-    missing: dict[str, str] = {}
-    for requirement in metadata.requires("logo-plugin") or []:
-        match = re.match(r'([\w.-]+)(?:>=([\d.]+))?[^;]*(?:;.*extra == ["\'](\w+)["\'])?', requirement)
-        if match is None or match[3] != extra:
-            continue
-        name, least = match[1], match[2] or "0"
-        version = _version(name)
-        if version is None:
-            missing[name] = f'"{name}>={least}"' if match[2] else name
-        elif _numbers(version) < _numbers(least):
-            found.append(f'{name} {version} is older than {least}: pip install --upgrade "{name}>={least}"')
-    if missing:
-        found.append(f"not installed: {', '.join(missing)}; pip install {' '.join(missing.values())}")
-    return found
-
-
-def _stranger() -> list[str]:
-    """Another package on PyPI has our name and our import name, and pip can't tell them apart."""
-    theirs = any(
-        not any(requirement.startswith("torch") for requirement in found.requires or [])
-        for found in metadata.distributions(name="logo-plugin")
+def _export(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="logo-plugin export", description="The backbone of a checkpoint, under timm's or torchvision's names."
     )
-    if not theirs and not (Path(logo_plugin.__file__).parent / "service.py").exists():
-        return []
-    return [
-        "the logo-plugin that pip installed is another package of that name, from PyPI: pip uninstall logo-plugin, "
-        "then install this one from its clone or wheel (pip install ./logo-plugin)"
-    ]
-
-
-def _imports() -> list[str]:
-    """What is installed may still not work together."""
-    failure = logo_plugin._failure
-    if failure is not None:
-        return [f"cannot be imported ({type(failure).__name__}: {failure}): pip install --upgrade torch torchvision"]
-    import numpy as np
+    parser.add_argument("checkpoint", type=Path, help="Lightning's, solo-learn's, or a state dict")
+    parser.add_argument("output", type=Path, help="the file to write, as backbone.pt")
+    parser.add_argument("--to", default="timm", choices=("timm", "torchvision"))
+    parser.add_argument("--arch", required=True, help="the library's name of the network, as resnet18")
+    parser.add_argument("--backbone", metavar="PATH", help="where in the model it is, as backbone_momentum")
+    parser.add_argument("--cifar-stem", type=int, metavar="PADDING", help="ResNet with a 3 x 3 stem and no pooling")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the library's network")
+    parser.add_argument("--trust", action="store_true", help="read a file that may run code: your own")
+    given = parser.parse_args(arguments)
+    if given.output.exists() and given.output.samefile(given.checkpoint):
+        parser.error("the output would replace the checkpoint; give another name")
     import torch
 
+    from logo_plugin.export import export_backbone
+
+    options: dict[str, Any] = {}
+    for option in given.option:
+        name, equals, value = option.partition("=")
+        if not equals:
+            parser.error(f"--option must be NAME=VALUE, as img_size=96, got {option}")
+        options[name] = _literal(value)
+    found = export_backbone(
+        given.checkpoint, given.to, given.arch,
+        backbone=given.backbone, cifar_stem=given.cifar_stem, trust=given.trust, **options,
+    )  # fmt: skip
+    torch.save(found.state_dict, given.output)
+    where = found.path or "the whole source"
+    print(f"{given.output}: {given.arch} of {given.to}, {len(found.state_dict)} values, from {where}, by {found.by}")
+    for name, count in Counter(_owner(name, found.path) for name in found.left_out).items():
+        print(f"  left out: {name}" + (f" ({count} values)" if count > 1 else ""))
+    if found.others:
+        print(f"  {', '.join(found.others)} would fit too: --backbone {found.others[0]}")
+    print(f"\nIt loads with\n\n{found.code}\nmodel.load_state_dict(torch.load({str(given.output)!r}), strict=True)")
+    return 0
+
+
+def _owner(name: str, backbone: str) -> str:
+    """What is left out is told module by module, but of the backbone itself name by name."""
+    inside = not backbone or name.startswith(backbone + ".")
+    return name if inside else name.split(".")[0]
+
+
+def _literal(value: str) -> Any:
     try:
-        torch.from_numpy(np.zeros(1))
-    except RuntimeError as error:
-        return [
-            f"torch {torch.__version__} cannot use numpy {np.__version__} ({error}): "
-            'pip install "numpy<2", or a newer torch'
-        ]
-    return []
+        return ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return value
 
 
-def _wrong_solo_root() -> str | None:
-    root = os.environ.get("SOLO_LEARN_ROOT")
-    if not root or (Path(root) / "solo" / "__init__.py").is_file():
-        return None
-    what = "has no folder 'solo'" if Path(root).is_dir() else "is no folder"
-    return f"SOLO_LEARN_ROOT={root} {what}: set it to the root of a clone of solo-learn"
+def _crops(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="logo-plugin crops", description="Draws the boxes of a picture's crops, and the crops, augmented."
+    )
+    parser.add_argument("image", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("crops.png"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", type=int, default=3, help="how often the crops are drawn")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of MultiCropCollate")
+    given = parser.parse_args(arguments)
+    import torch
 
+    from logo_plugin.crops import MultiCropCollate
+    from logo_plugin.picture import draw_crops
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-
-
-def _solo_root() -> Path | None:
-    """Where `import solo` finds solo-learn: SOLO_LEARN_ROOT, the working folder, or what is installed."""
-    if root := os.environ.get("SOLO_LEARN_ROOT"):
-        if _wrong_solo_root():
-            return None
-        sys.path.insert(0, root)
-    spec = importlib.util.find_spec("solo")
-    locations = list(spec.submodule_search_locations or []) if spec else []
-    return Path(locations[0]).parent if locations else None
-
-
-def _solo_version(root: Path) -> str:
-    setup = root / "setup.py"
-    match = re.search(r'version="([\d.]+)"', setup.read_text()) if setup.is_file() else None
-    return match[1] if match else _version("solo-learn") or "unknown version"
-
-
-def _solo_methods() -> tuple[list[str], list[str]]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import logo_plugin.adapters.solo  # noqa: F401
-
-            methods = [name for name in sys.modules["solo.methods"].METHODS if name.startswith("logo_")]
-    except Exception as error:
-        return [], [
-            f"solo-learn can't be imported ({type(error).__name__}: {error}): use a clone of its main branch "
-            "(git pull; the package on PyPI is too old) and its requirements (pip install -r requirements.txt)"
-        ]
-    import hydra_plugins
-
-    if not any(module.name == "logo_plugin" for module in pkgutil.iter_modules(hydra_plugins.__path__)):
-        return methods, ["Hydra can't find hydra_plugins/logo_plugin: install logo_plugin again, with pip"]
-    return methods, []
+    options = {name: _literal(value) for name, _, value in (option.partition("=") for option in given.option)}
+    torch.manual_seed(given.seed)
+    draw_crops(given.image, MultiCropCollate(**options), rows=given.rows).save(given.output)
+    print(f"{given.output}: global crops in blue, local crops in orange")
+    return 0
 
 
 if __name__ == "__main__":

@@ -41,11 +41,12 @@ def augment(images: Tensor, recipes: Sequence[Recipe]) -> Tensor:
     """Applies jitter, grayscale, blur and solarisation, in that order, clamping to [0, 255] but not rounding.
 
     Args:
-        images: Crops in [0, 255], (B, 3, H, W), uint8 or floating point, on any device.
+        images: Crops in [0, 255], (B, C, H, W), uint8 or floating point, on any device. Where C is not 3 recipes
+            must leave saturation, hue and gray alone; contrast is about the mean of all channels.
         recipes: One per image; `box` and `flip` are not looked at.
 
     Returns:
-        (B, 3, H, W), float32, in [0, 255].
+        (B, C, H, W), float32, in [0, 255].
     """
     x = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     for step in range(4):
@@ -93,7 +94,8 @@ def _brightness(x: Tensor, factors: list[float]) -> Tensor:
 
 
 def _contrast(x: Tensor, factors: list[float]) -> Tensor:
-    return _blend(x, _luma(x.mean((2, 3), keepdim=True)), factors)
+    means = x.mean((2, 3), keepdim=True)
+    return _blend(x, _luma(means) if x.shape[1] == 3 else means.mean(1, keepdim=True), factors)
 
 
 def _saturation(x: Tensor, factors: list[float]) -> Tensor:

@@ -4,7 +4,7 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import combinations
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from logo_plugin.augment import Recipe, augment, blur_radius
-from logo_plugin.decoding import ImageLike, UndecodableError, decode
+from logo_plugin.decoding import ImageLike, UndecodableError, decode, decode_channels
 from logo_plugin.wrapping import unknown_option
 
 Range = tuple[float, float]
@@ -55,7 +55,7 @@ class DeferredViews:
             non_blocking: As in `Tensor.to`; useful with `pin_memory`.
 
         Returns:
-            The views, globals first, each (N, 3, H, W), float32.
+            The views, globals first, each (N, C, H, W), float32.
         """
         views = [view.to(device, non_blocking=non_blocking) for view in self._views]
         if self._recipes is not None:
@@ -101,7 +101,8 @@ class MultiCropTransform:
         blur_p: Probability of Gaussian blur.
         blur_sigma: Range of the blur's standard deviation in pixels.
         solarize_p: Probability of inverting the pixels >= 128.
-        mean: Per channel, subtracted, for images in [0, 1].
+        mean: Per channel, subtracted, for images in [0, 1]. As many numbers as the images have channels, which
+            may be other than red, green and blue; `hue`, `saturation` and `grayscale_p` must then be 0.
         std: Per channel, divided by.
         return_boxes: Give the crops' boxes too: here as a last item of the list, (V, 4), of which torch's
             own collate makes (N, V, 4).
@@ -128,8 +129,8 @@ class MultiCropTransform:
     blur_p: float = 0.5
     blur_sigma: Range = (0.1, 2.0)
     solarize_p: float = 0.0
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
     return_boxes: bool = False
 
     def __new__(cls: type[T], *positional: Any, **options: Any) -> T:
@@ -156,9 +157,16 @@ class MultiCropTransform:
         for name in ("brightness", "contrast", "saturation"):
             _check(self, name, "a finite number >= 0", lambda v: 0 <= v < math.inf)
         _check(self, "hue", "a number in [0, 0.5]", lambda v: 0 <= v <= 0.5)
-        _check(self, "mean", "3 numbers", lambda v: len(v) == 3 and all(math.isfinite(x) for x in v))
+        _check(self, "mean", "a number per channel", lambda v: len(v) >= 1 and all(math.isfinite(x) for x in v))
         _check(self, "return_boxes", "True or False", lambda v: isinstance(v, bool))
-        _check(self, "std", "3 numbers > 0", lambda v: len(v) == 3 and all(0 < x < math.inf for x in v))
+        channels, rgb_only = len(self.mean), ("hue", "saturation", "grayscale_p")
+        expected = f"{channels} numbers > 0, as many as mean has"
+        _check(self, "std", expected, lambda v: len(v) == channels and all(0 < x < math.inf for x in v))
+        if channels != 3 and (given := [f"{name}={getattr(self, name)}" for name in rgb_only if getattr(self, name)]):
+            raise ValueError(
+                f"{', '.join(given)}: for red, green and blue only, and mean={self.mean} says that images have "
+                f"{channels} channel{'s' if channels > 1 else ''}. Set hue=0, saturation=0, grayscale_p=0."
+            )
         smallest = min(self.global_size, self.local_size if self.local_crops else self.global_size)
         if self.blur_p and smallest <= blur_radius(self.blur_sigma[1]):
             raise ValueError(
@@ -186,10 +194,12 @@ class MultiCropTransform:
         """Makes the views of one image.
 
         Args:
-            image: PIL image, uint8 tensor (1 or 3, H, W), encoded bytes (JPEG, PNG, WebP, ...) or a path.
+            image: PIL image, encoded bytes (JPEG, PNG, WebP, ...), a path, array (H, W) or (H, W, C), or tensor
+                (C, H, W). Arrays and tensors are uint8, uint16 or floating point in [0, 1]; C is as many as `mean` has
+                numbers, or 1 where those are 3.
 
         Returns:
-            The views, globals first, each (3, size, size), float32, normalised. With `return_boxes` then
+            The views, globals first, each (C, size, size), float32, normalised. With `return_boxes` then
             their boxes, (V, 4), float32, as (left, top, right, bottom) in pixels of the image.
 
         Raises:
@@ -197,7 +207,7 @@ class MultiCropTransform:
             TypeError: If it is none of these kinds.
         """
         views = self._empty(np.float32)
-        recipes = self._render(decode(image), views)
+        recipes = self._render(self._decode(image), views)
         boxes = torch.tensor([recipe.box for recipe in recipes], dtype=torch.float32)
         return [*views, boxes] if self.return_boxes else views
 
@@ -249,15 +259,20 @@ class MultiCropTransform:
     def _empty(self, dtype: type[np.generic], *batch: int) -> list[Tensor]:
         sizes = [self.global_size] * self.global_crops + [self.local_size] * self.local_crops
         # numpy asks the kernel for huge pages, which spares a page fault for every 4 KiB of a float batch.
-        return [torch.from_numpy(np.empty((*batch, 3, size, size), dtype)) for size in sizes]
+        return [torch.from_numpy(np.empty((*batch, len(self.mean), size, size), dtype)) for size in sizes]
+
+    def _decode(self, image: ImageLike) -> Tensor:
+        return decode(image) if len(self.mean) == 3 else decode_channels(image, len(self.mean))
 
     def _render(self, pixels: Tensor, out: list[Tensor], defer: str | None = None) -> list[Recipe]:
         """Draws the views of one image into `out`; gives what was drawn."""
+        if defer and pixels.dtype != torch.uint8:
+            raise TypeError(f"defer={defer!r} lets crops travel as uint8, and the images have more: give defer=None.")
         recipes = self.draw(pixels.shape[1], pixels.shape[0])
         shift, scale = _statistics(tuple(self.mean), tuple(self.std))
         with torch.inference_mode():  # a tenth less per operation
             for recipe, view in zip(recipes, out, strict=True):
-                x = _crop(pixels, recipe, view.shape[-1])
+                x = _crop(pixels, recipe, *view.shape[:2])
                 if defer == "augment":
                     view.copy_(x[0])
                 elif defer == "normalize":
@@ -282,6 +297,8 @@ class MultiCropCollate(MultiCropTransform):
         return_boxes: Append `CropBoxes` to the batch (instead of what `MultiCropTransform` does).
         on_error: What to do with an image that cannot be decoded: "raise", or "skip", which warns
             once per file (and worker) and puts new crops of another image of the batch in its place.
+        image_key: Samples are dicts (Hugging Face's, webdataset's), and this is where their image is.
+        target_key: And this where their target is; None where they have none.
         **options: Those of `MultiCropTransform`.
 
     Raises:
@@ -294,12 +311,18 @@ class MultiCropCollate(MultiCropTransform):
 
     defer: Literal["normalize", "augment"] | None = None
     on_error: Literal["raise", "skip"] = "raise"
+    image_key: str | None = None
+    target_key: str | None = None
     _warned: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(self, "defer", 'None, "normalize" or "augment"', lambda v: v in (None, "normalize", "augment"))
         _check(self, "on_error", '"raise" or "skip"', lambda v: v in ("raise", "skip"))
+        for name in ("image_key", "target_key"):
+            _check(self, name, "the name of a column or None", lambda v: v is None or isinstance(v, str))
+        if self.target_key is not None and self.image_key is None:
+            raise ValueError(f"target_key={self.target_key!r} is of dicts: give image_key too.")
 
     def __call__(self, samples: Sequence[Any]) -> Any:  # type: ignore[override]
         """Makes the views of a batch.
@@ -310,16 +333,18 @@ class MultiCropCollate(MultiCropTransform):
 
         Returns:
             `[views, targets, filenames]` as far as the samples have them, then `CropBoxes` with
-            `return_boxes`. Views are in the order globals first, each (N, 3, H, W), float32.
-            For dicts `{"views": [{"image": view, "label": ..., and so on}, ...]}`, with "boxes" beside "views"; with
-            `defer` the other columns are beside "views", too.
+            `return_boxes`. Views are in the order globals first, each (N, C, H, W), float32.
+            For dicts without `image_key` `{"views": [{"image": view, "label": ..., and so on}, ...]}`, with "boxes"
+            beside "views"; with `defer` the other columns are beside "views", too.
 
         Raises:
             ValueError: If an image cannot be decoded; the message names the sample. With
                 `on_error="skip"` only if none of the batch can.
             TypeError: If the samples are of another kind, or torch's `default_collate` can't stack the targets.
         """
-        if samples and all(isinstance(sample, dict) and "image" in sample for sample in samples):
+        if self.image_key is not None:
+            samples = [_picked(sample, n, self.image_key, self.target_key) for n, sample in enumerate(samples)]
+        elif samples and all(isinstance(sample, dict) and "image" in sample for sample in samples):
             return self._of_dicts(samples)
         rows: list[Sequence[Any]] = [s if isinstance(s, (tuple, list)) else (s,) for s in samples]
         if not rows or any(len(row) != len(rows[0]) or not 1 <= len(row) <= 3 for row in rows):
@@ -332,7 +357,7 @@ class MultiCropCollate(MultiCropTransform):
         bad = []
         for n, row in enumerate(rows):
             try:
-                recipes.append(self._render(decode(row[0]), [view[n] for view in views], self.defer))
+                recipes.append(self._render(self._decode(row[0]), [view[n] for view in views], self.defer))
             except UndecodableError as error:
                 self._report(n, row, error)
                 recipes.append([])
@@ -342,7 +367,7 @@ class MultiCropCollate(MultiCropTransform):
             raise ValueError(f"none of the {len(rows)} images of the batch can be decoded; see the warnings for each.")
         for n in bad:
             rows[n] = rows[good[int(torch.randint(len(good), ()))]]
-            recipes[n] = self._render(decode(rows[n][0]), [view[n] for view in views], self.defer)
+            recipes[n] = self._render(self._decode(rows[n][0]), [view[n] for view in views], self.defer)
 
         per_view = [list(view) for view in zip(*recipes, strict=True)]
         batch: list[Any] = [views]
@@ -396,6 +421,22 @@ def crop_overlap(boxes: Tensor) -> Tensor:
     return intersection / union
 
 
+def _picked(sample: Any, position: int, image: str, target: str | None) -> tuple[Any, ...]:
+    """(image, target) or (image,) of a sample that is a dict."""
+    keys = (image,) if target is None else (image, target)
+    if not isinstance(sample, Mapping):
+        raise TypeError(
+            f"image_key={image!r} is for samples that are dicts, and sample {position} of the batch is "
+            f"{type(sample).__name__}: leave it out."
+        )
+    if missing := [key for key in keys if key not in sample]:
+        raise ValueError(
+            f"sample {position} of the batch has no {missing[0]!r}, only {', '.join(map(str, sample))}: name "
+            "the columns with image_key= and target_key=."
+        )
+    return tuple(sample[key] for key in keys)
+
+
 def _stacked(targets: list[Any]) -> Any:
     try:
         return default_collate(targets)
@@ -409,19 +450,21 @@ def _stacked(targets: list[Any]) -> Any:
         ) from error
 
 
-def _crop(pixels: Tensor, recipe: Recipe, size: int) -> Tensor:
-    """Gives (1, 3, size, size), uint8."""
+def _crop(pixels: Tensor, recipe: Recipe, channels: int, size: int) -> Tensor:
+    """Gives (1, C, size, size), of the type of the pixels."""
     left, top, right, bottom = recipe.box
     # A copy: the fast kernel wants the crop dense, channels last.
     crop = pixels[top:bottom, left:right].contiguous().permute(2, 0, 1)[None]
-    crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[:, :3]
+    crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[:, :channels]
+    if crop.is_floating_point():
+        crop = crop.clamp_(0, 255)  # bicubic overshoots
     return crop.flip(-1) if recipe.flip else crop
 
 
 @functools.cache
 def _statistics(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """What to subtract from pixels in [0, 255] and then multiply them with, (3, 1, 1) each."""
-    return torch.tensor(mean).view(3, 1, 1) * 255, 1 / (255 * torch.tensor(std).view(3, 1, 1))
+    """What to subtract from pixels in [0, 255] and then multiply them with, (C, 1, 1) each."""
+    return torch.tensor(mean).view(-1, 1, 1) * 255, 1 / (255 * torch.tensor(std).view(-1, 1, 1))
 
 
 def _between(low: float, high: float, u: float) -> float:

@@ -5,13 +5,16 @@ import os
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torchvision  # noqa: F401, registers torch.ops.image
 from PIL import Image
 from torch import Tensor
 
-ImageLike = Image.Image | Tensor | bytes | str | os.PathLike[str]
+Array = np.ndarray[Any, Any]
+ImageLike = Image.Image | Tensor | Array | bytes | str | os.PathLike[str]
 
 # Pillow's pixels in three quarters of its time. torchvision has deprecated it: where it is gone, Pillow decodes.
 _decode_jpeg: Callable[[Tensor, int], Tensor] | None = getattr(torch.ops.image, "decode_jpeg", None)
@@ -26,34 +29,29 @@ def decode(image: ImageLike) -> Tensor:
     """Decodes an image of any kind and mode, once.
 
     Args:
-        image: PIL image, uint8 tensor (1 or 3, H, W), encoded bytes (JPEG, PNG, WebP, ...) or a path. Of 16 bits
-            the upper eight are kept; a file's or PIL image's transparency is dropped; EXIF orientation is ignored.
+        image: PIL image, encoded bytes (JPEG, PNG, WebP, ...), a path, array (H, W) or (H, W, 1 or 3), or tensor
+            (1 or 3, H, W). Arrays and tensors are uint8, uint16 or floating point in [0, 1]. Of a file's or PIL
+            image's 16 bits the upper eight are kept, its transparency is dropped, EXIF orientation is ignored.
 
     Returns:
-        (H, W, 3 or 4), uint8; the first three channels are red, green and blue.
+        (H, W, 3 or 4), of which the first three channels are red, green and blue: uint8, or float32 in [0, 255] of
+        arrays and tensors that are not uint8.
 
     Raises:
         UndecodableError: If the image cannot be decoded, or has more than twice `Image.MAX_IMAGE_PIXELS`, Pillow's
             limit against decompression bombs (with more than once there is Pillow's warning).
         TypeError: If it is none of these kinds.
     """
-    if isinstance(image, Tensor):
-        if image.dtype != torch.uint8 or image.ndim != 3 or not image.numel():
+    if isinstance(image, (Tensor, np.ndarray)):
+        pixels = _in_range(image)
+        if pixels.shape[2] not in (1, 3):
             raise TypeError(
-                f"an image tensor must be uint8 (C, H, W), got {image.dtype} {tuple(image.shape)}. "
-                "Give it before any conversion to float."
+                f"an image must have 1 or 3 channels, got {_described(image)}, and none is dropped unasked. For "
+                f"images of other channels give mean= and std= of as many numbers. {_layout(pixels, (1, 3))}"
+                "Without transparency it is image[..., :3], of a tensor image[:3]."
             )
-        if image.shape[0] not in (1, 3):
-            raise TypeError(
-                f"an image tensor must have 1 or 3 channels, got {tuple(image.shape)}, and none is dropped unasked. "
-                "Without transparency it is image[:3]; in torchvision.io.decode_image, mode='RGB'."
-            )
-        return image.expand(3, -1, -1).permute(1, 2, 0)
-    if not isinstance(image, (Image.Image, bytes, str, os.PathLike)):
-        raise TypeError(
-            "an image must be a PIL image, a uint8 tensor (C, H, W), encoded bytes or a path, "
-            f"got {type(image).__name__}."
-        )
+        return pixels.expand(-1, -1, 3)
+    _check_kind(image)
     try:
         if isinstance(image, Image.Image):
             return _pixels(image)
@@ -68,6 +66,99 @@ def decode(image: ImageLike) -> Tensor:
     # Pillow's decoders raise nearly anything on a damaged file.
     except Exception as error:
         raise UndecodableError(f"cannot decode the image ({type(error).__name__}: {error}).") from error
+
+
+def decode_channels(image: ImageLike, channels: int) -> Tensor:
+    """The same for images of other channels than red, green and blue, of which none is dropped and none made up.
+
+    Args:
+        image: Array (H, W) or (H, W, C), tensor (C, H, W), or what Pillow opens with as many bands (L, LA, I;16, RGBA).
+        channels: C.
+
+    Returns:
+        (H, W, C), uint8, or float32 in [0, 255] of more than 8 bits.
+
+    Raises:
+        UndecodableError: As `decode`.
+        TypeError: If it is none of these kinds, or has another number of channels.
+    """
+    if not isinstance(image, (Tensor, np.ndarray)):
+        _check_kind(image)
+        image = _bands(image)
+    pixels = _in_range(image)
+    if pixels.shape[2] != channels:
+        raise TypeError(
+            f"mean has {channels} number{'s' if channels > 1 else ''}, so images must have as many channels; "
+            f"got {_described(image)}. {_layout(pixels, (channels,))}Give mean= and std= of {pixels.shape[2]} "
+            "numbers, or the channels you want."
+        )
+    return pixels
+
+
+def _check_kind(image: Any) -> None:
+    if isinstance(image, (list, tuple)):
+        raise TypeError(
+            f"an image is a {type(image).__name__} of {len(image)} already: the dataset has a transform that makes "
+            "views. Remove the transform; MultiCropCollate makes the views."
+        )
+    if not isinstance(image, (Image.Image, bytes, str, os.PathLike)):
+        also = " Of dicts, image_key= says where the image is." if isinstance(image, dict) else ""
+        raise TypeError(
+            "an image must be a PIL image, an array (H, W, C), a tensor (C, H, W), encoded bytes or a path, "
+            f"got {type(image).__name__}.{also}"
+        )
+
+
+def _in_range(image: Tensor | Array) -> Tensor:
+    """(H, W, C), uint8, or float32 in [0, 255]."""
+    array = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
+    if (array.ndim != 3 and (isinstance(image, Tensor) or array.ndim != 2)) or not array.size:
+        raise TypeError(
+            f"an image must be an array (H, W) or (H, W, C), or a tensor (C, H, W), got {_described(image)}."
+        )
+    if array.ndim == 2:
+        array = array[..., None]
+    elif isinstance(image, Tensor):
+        array = array.transpose(1, 2, 0)
+    if array.dtype == np.uint8:
+        # A copy where torch can't share it.
+        return torch.from_numpy(array if array.flags.writeable and min(array.strides) >= 0 else array.copy())
+    if array.dtype == np.uint16:
+        return torch.from_numpy(array.astype(np.float32) * np.float32(255 / 65535))
+    if array.dtype.kind != "f":
+        raise TypeError(
+            f"an image must be uint8, uint16 or floating point in [0, 1], got {_described(image)}. Divide it by its "
+            "largest possible value."
+        )
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0 and high <= 1):
+        raise TypeError(
+            f"a floating-point image must be in [0, 1], got values from {low:.3g} to {high:.3g}. If a transform of the "
+            "dataset's has normalised it, remove the transform; else divide it by its largest possible value."
+        )
+    return torch.from_numpy(array.astype(np.float32) * np.float32(255))
+
+
+def _bands(image: Image.Image | bytes | str | os.PathLike[str]) -> Array:
+    try:
+        if not isinstance(image, Image.Image):
+            image = Image.open(BytesIO(image) if isinstance(image, bytes) else Path(image))
+        mode, array = image.mode, np.asarray(image)
+    except Exception as error:  # as above
+        raise UndecodableError(f"cannot decode the image ({type(error).__name__}: {error}).") from error
+    if mode in ("P", "PA", "1", "I"):
+        raise TypeError(f"an image of mode {mode} has no plain channels: convert it, or give an array.")
+    return array
+
+
+def _described(image: Tensor | Array) -> str:
+    return f"{'a tensor' if isinstance(image, Tensor) else 'an array'} {tuple(image.shape)} of {image.dtype}"
+
+
+def _layout(pixels: Tensor, channels: tuple[int, ...]) -> str:
+    if pixels.shape[0] not in channels:
+        return ""
+    return "If the channels are first, np.moveaxis(image, 0, -1) puts them last. "
 
 
 def _pixels(image: Image.Image) -> Tensor:

@@ -1,0 +1,67 @@
+"""A picture of what the crops of an image are."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import draw_bounding_boxes
+
+from logo_plugin.crops import MultiCropCollate
+from logo_plugin.decoding import ImageLike, decode
+
+_COLORS = {"global": "#1f77b4", "local": "#ff7f0e"}
+_GAP = 8
+
+
+def draw_crops(image: ImageLike, collate: MultiCropCollate, *, rows: int = 3) -> Image.Image:
+    """Draws an image with the boxes of its crops, and beside it the crops, augmented.
+
+    Args:
+        image: Whatever `MultiCropCollate` takes.
+        collate: Its options are those of the crops; `defer` and `return_boxes` are not looked at.
+        rows: How often the crops are drawn anew; the boxes are those of the first row.
+
+    Returns:
+        The picture, as high as the rows of crops.
+
+    Raises:
+        ValueError: If the image cannot be decoded.
+    """
+    pixels = decode(image)[..., :3].permute(2, 0, 1).contiguous()
+    collate = replace(collate, defer=None, return_boxes=True)
+    views, boxes = collate([pixels] * rows)
+    kinds = ["global"] * collate.global_crops + ["local"] * collate.local_crops
+    grid = torch.cat([_column(view, kind, collate) for view, kind in zip(views, kinds, strict=True)], dim=2)
+    source = _source(pixels, boxes.boxes[:, 0], kinds, height=grid.shape[1])
+    picture: Image.Image = to_pil_image(torch.cat([source, grid], dim=2))
+    return picture
+
+
+def _source(pixels: Tensor, boxes: Tensor, kinds: Sequence[str], height: int) -> Tensor:
+    side = min(height, max(64, round(height * 0.9)))
+    scale = side / pixels.shape[1]
+    size = (side, round(pixels.shape[2] * scale))
+    small = F.interpolate(pixels[None], size=size, mode="bicubic", antialias=True)[0]
+    drawn = draw_bounding_boxes(
+        small,
+        (boxes * scale).round(),
+        labels=[str(i) for i in range(len(boxes))],
+        colors=[_COLORS[kind] for kind in kinds],
+        width=3,
+    )
+    return F.pad(drawn, (_GAP, _GAP, 0, height - side), value=255)
+
+
+def _column(views: Tensor, kind: str, collate: MultiCropCollate) -> Tensor:
+    """(N, 3, S, S) to uint8 (3, N * row, S + gaps), each crop at its own size, framed in the colour of its kind."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (collate.mean, collate.std))
+    pixels = ((views * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    row = max(collate.global_size, collate.local_size if collate.local_crops else 0)
+    frame = [[0, 0, view.shape[2] - 1, view.shape[1] - 1] for view in pixels[:1]]
+    framed = [draw_bounding_boxes(view, torch.tensor(frame), colors=_COLORS[kind], width=2) for view in pixels]
+    gap = row + _GAP - pixels.shape[2]
+    return torch.cat([F.pad(view, (_GAP, 0, 0, gap), value=255) for view in framed], dim=1)

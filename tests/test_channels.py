@@ -1,0 +1,159 @@
+"""Crops of images that are not 8-bit RGB files: arrays, 16 bits, floating point, dicts, any number of channels."""
+
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from photos import tiles
+from PIL import Image
+from skimage import data
+
+from logo_plugin import LoGoLearner, MultiCropCollate, MultiCropTransform
+from logo_plugin.augment import Recipe, augment
+
+SMALL = {"global_size": 40, "local_size": 24}
+GRAY = {"hue": 0.0, "saturation": 0.0, "grayscale_p": 0.0}
+
+
+def options(channels, **more):
+    """The pixels come out in [0, 255]."""
+    return SMALL | GRAY | {"mean": (0.0,) * channels, "std": (1 / 255,) * channels} | more
+
+
+def seeded(make, *arguments):
+    torch.manual_seed(3)
+    return make(*arguments)
+
+
+def picture(channels, size=70):
+    """Bands of several photographs, which differ from each other."""
+    bands = [np.asarray(tile)[..., i % 3] for i, (tile, _) in enumerate(tiles(channels, size))]
+    return np.stack(bands, axis=-1)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5, 13])
+def test_each_channel_is_cropped_as_if_it_were_alone(channels):
+    """Its crops are those of the RGB image that has this channel three times: no channel is lost, moved or mixed."""
+    image = picture(channels)
+    more = {"contrast": 0.0, "blur_p": 1.0, "solarize_p": 0.5, "jitter_p": 1.0}
+    views = seeded(MultiCropTransform(**options(channels, **more)), image)
+    assert [tuple(view.shape) for view in views] == [(channels, 40, 40)] * 2 + [(channels, 24, 24)] * 2
+    for i in range(channels):
+        alone = np.repeat(image[..., i : i + 1], 3, axis=-1)
+        for view, expected in zip(views, seeded(MultiCropTransform(**options(3, **more)), alone), strict=True):
+            torch.testing.assert_close(view[i], expected[0], atol=1e-3, rtol=0)
+
+
+def test_contrast_is_about_the_mean_of_all_channels():
+    x = torch.rand(1, 5, 6, 6) * 200
+    got = augment(x, [Recipe(box=(0, 0, 6, 6), contrast=0.5)])
+    torch.testing.assert_close(got, 0.5 * x + 0.5 * x.mean())
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("kind", [np.uint16, np.float32, np.float64])
+def test_more_than_eight_bits_equals_eight_where_it_is_eight(channels, kind):
+    image = picture(channels)
+    deep = image.astype(np.uint16) * 257 if kind is np.uint16 else (image / 255).astype(kind)
+    transform = MultiCropTransform(**options(channels, jitter_p=0, blur_p=0))
+    for view, expected in zip(seeded(transform, deep), seeded(transform, image), strict=True):
+        torch.testing.assert_close(view, expected, atol=1.5, rtol=0)  # eight bits round twice, by weights of 16 bits
+        assert view.min() >= 0
+        assert view.max() <= 255
+
+
+def test_sixteen_bits_are_kept():
+    """A sixteenth of the first level is still a picture."""
+    image = (np.arange(4096, dtype=np.uint16) % 16).reshape(64, 64, 1)
+    view = seeded(MultiCropTransform(**options(1, jitter_p=0, blur_p=0)), image)[0]
+    assert 0 < view.std() < 0.1
+
+
+def test_arrays_and_tensors_of_one_picture_are_one():
+    image = picture(5)
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    transform = MultiCropTransform(**options(5))
+    read_only = image.copy()
+    read_only.flags.writeable = False
+    for other in (tensor, read_only, image[::-1].copy()[::-1], np.asfortranarray(image)):
+        for view, expected in zip(seeded(transform, other), seeded(transform, image), strict=True):
+            assert torch.equal(view, expected)
+    rgb = picture(3)
+    plain = MultiCropTransform(**SMALL)
+    for view, expected in zip(seeded(plain, rgb), seeded(plain, Image.fromarray(rgb)), strict=True):
+        assert torch.equal(view, expected)
+
+
+def test_one_channel_of_files_keeps_its_bits():
+    deep = np.asarray(data.camera()[:80, :80], np.uint16) * 200
+    file = io.BytesIO()
+    Image.fromarray(deep).save(file, "PNG")
+    transform = MultiCropTransform(**options(1))
+    for view, expected in zip(seeded(transform, file.getvalue()), seeded(transform, deep), strict=True):
+        assert torch.equal(view, expected)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (picture(4), r"mean has 5 numbers.*\(70, 70, 4\) of uint8. Give mean= and std= of 4 numbers"),
+        (np.moveaxis(picture(5), -1, 0), r"\(5, 70, 70\).*np.moveaxis\(image, 0, -1\)"),
+        (Image.new("RGB", (9, 9)), r"mean has 5 numbers.*\(9, 9, 3\)"),
+        (Image.new("P", (9, 9)), "mode P has no plain channels"),
+        (picture(5).astype(np.int16), "uint8, uint16 or floating point"),
+        (picture(5).astype(np.float32), r"must be in \[0, 1\], got values from"),
+        (([picture(5)], 0), "list of 1 already.*Remove the transform"),
+    ],
+)
+def test_other_channels_are_refused_by_number(image, message):
+    with pytest.raises(TypeError, match=message):
+        MultiCropCollate(**options(5))([image])
+
+
+@pytest.mark.parametrize("name", GRAY)
+def test_colour_is_refused_where_there_is_none(name):
+    with pytest.raises(ValueError, match=rf"^{name}=0.3: for red, green and blue only.*5 channels. Set hue=0"):
+        MultiCropCollate(**options(5) | {name: 0.3})
+
+
+@pytest.mark.parametrize("defer", ["normalize", "augment"])
+def test_left_to_the_device(defer):
+    image = picture(5)
+    deferred, expected = (MultiCropCollate(**options(5, defer=d)) for d in (defer, None))
+    (views,) = seeded(deferred, [image])
+    for view, other in zip(views.to("cpu"), seeded(expected, [image])[0], strict=True):
+        torch.testing.assert_close(view, other, atol=0.51, rtol=0)
+    with pytest.raises(TypeError, match=r"travel as uint8.*give defer=None"):
+        deferred([image.astype(np.float32) / 255])
+
+
+def test_dicts_by_their_keys():
+    samples = [{"jpg": image, "cls": target, "__key__": str(i)} for i, (image, target) in enumerate(tiles(4))]
+    views, targets = seeded(MultiCropCollate(**SMALL, image_key="jpg", target_key="cls"), samples)
+    expected, _ = seeded(MultiCropCollate(**SMALL), tiles(4))
+    assert all(torch.equal(a, b) for a, b in zip(views, expected, strict=True))
+    assert targets.tolist() == [target for _, target in tiles(4)]
+    assert len(MultiCropCollate(**SMALL, image_key="jpg")(samples)) == 1
+    with pytest.raises(ValueError, match="sample 0 of the batch has no 'image', only jpg, cls, __key__"):
+        MultiCropCollate(image_key="image")(samples)
+    with pytest.raises(TypeError, match=r"image_key='jpg' is for samples that are dicts, and sample 0 .* is tuple"):
+        MultiCropCollate(image_key="jpg")(tiles(2))
+
+
+def test_a_learner_of_other_channels():
+    net = timm.create_model("resnet18", num_classes=0, in_chans=5)
+    learner = LoGoLearner(net, "simsiam", image_size=(40, 24), hidden_dim=16, output_dim=8)
+    views, _ = MultiCropCollate(**options(5))([(picture(5), 0), (picture(5), 1)])
+    assert learner(views).isfinite()
+
+
+def test_micrograph_of_the_page():
+    page = (Path(__file__).parents[1] / "docs" / "crops.md").read_text()
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", page, re.S) if "stains" in b)
+    names = {}
+    exec(block, names)
+    assert [tuple(view.shape) for view in names["views"]] == [(2, 2, 224, 224)] * 2 + [(2, 2, 96, 96)] * 2
