@@ -109,9 +109,11 @@ def loss(model, views):
     """One training step's loss, the batch made and the support set fed as a Trainer would."""
     label = torch.arange(len(views[0]))
     queue = dict(model.callbacks_modules.items()).get(f"ordered_queue_{QUEUE}")
-    OnlineQueue._shared_queues[QUEUE] = queue  # of the class, not of a model
+    if queue is not None:
+        OnlineQueue._shared_queues[QUEUE] = queue  # of the class, not of a model
     out = model({"views": [{"image": view, "label": label} for view in views], "batch_idx": 0}, stage="fit")
     if queue is not None:
         with torch.no_grad():
             queue.append(out[QUEUE].detach())
+        del OnlineQueue._shared_queues[QUEUE]  # as runs in the same process expect
     return out["loss"]

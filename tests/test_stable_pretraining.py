@@ -434,6 +434,18 @@ class TestRefusals:
         with pytest.raises(RuntimeError, match="the loss of Sharper is not the one that LoGo knows"):
             model(batch(), stage="fit")
 
+    def test_a_class_with_another_temperature(self):
+        class Sharper(methods.MoCov3):
+            def forward(self, view1, view2=None):
+                self.temperature = 0.2
+                out = super().forward(view1, view2)
+                self.temperature = 0.3
+                return out
+
+        model = wrap(stable_hosts.method("MoCov3", cls=Sharper))
+        with pytest.raises(RuntimeError, match="the loss of Sharper is not the one that LoGo knows"):
+            model(batch(), stage="fit")
+
     def test_a_scaled_loss_scales_logos(self):
         """`0.25 * loss` is learned from the gradient, and LoGo's terms follow it."""
 
