@@ -43,8 +43,8 @@ class LoGoLoss(nn.Module):
     routes the gradient: global_global reaches the online global crops, local_global and local_local
     the online local crops, and affinity nothing but the parameters of `affinity`; targets get none.
 
-    In distributed training every term sees the images of its own rank and calls no collective; data parallelism averages
-    the gradients. A `similarity` that gathers by itself makes global_global and local_global gathered, no other term.
+    In distributed training every term sees the images of its own rank, without communication; data parallelism
+    averages the gradients. A `similarity` that gathers makes global_global and local_global gathered, no other term.
 
     Args:
         affinity: The pair scorer, usually `Affinity(dim)`; any module that maps two (P, N, D) tensors
