@@ -130,9 +130,8 @@ def fsdp(case, rank):
         # Nor has lightly's online classifier: its parameters belong to the whole.
         if name != "online_classifier" and any(True for _ in part.parameters()):
             fully_shard(part)
-    optimizer = case.optimizer(model)
-    replica = Step(case, model)
-    train(fully_shard(replica), optimizer, rank)
+    replica = fully_shard(Step(case, model))
+    train(replica, case.optimizer(model), rank)
     differences = [
         (mine.full_tensor() - other).abs().max()
         for mine, other in zip(model.parameters(), reference.parameters(), strict=True)
@@ -140,11 +139,11 @@ def fsdp(case, rank):
     return float(max(differences))
 
 
-def run(rank, folder):
+def run(rank, folder, only):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    chosen = cases()
+    chosen = {name: case for name, case in cases().items() if only in name}
     alone = {name: first_terms(case, rank) for name, case in chosen.items()}
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for name, case in chosen.items():
@@ -179,12 +178,13 @@ def report(folder, name):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.parse_args()
+    parser.add_argument("--only", default="", help="rows whose name holds this")
+    only = parser.parse_args().only
     print(f"torch {torch.__version__}, two gloo ranks of 6 images, {STEPS} steps\n")
     head = ["model", *TERMS, "parameters of ranks", "affinity of ranks", "FSDP2 against DDP"]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(run, (folder,), nprocs=2, start_method="fork")
+        mp.start_processes(run, (folder, only), nprocs=2, start_method="fork")
 
 
 if __name__ == "__main__":

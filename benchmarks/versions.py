@@ -39,7 +39,8 @@ def try_set(name, python, tests, folder):
     listing = run(bin_python, "-c", _LIST, *SHOWN, capture_output=True, text=True).stdout.split()
     report = Path(folder) / f"{name}.txt"
     files = [ROOT / f"tests/test_{test}.py" for test in tests]
-    command = [bin_python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    quiet = [f"-Wdefault::{kind}Warning" for kind in ("Future", "Deprecation")]  # of libraries of another age
+    command = [bin_python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *quiet, *files]
     small = {"OMP_NUM_THREADS": "1", "HYPOTHESIS_EXAMPLES": "200"} | os.environ
     with report.open("w") as out:
         code = subprocess.run([str(part) for part in command], cwd=ROOT, env=small, stdout=out, stderr=out).returncode

@@ -23,7 +23,7 @@ __all__ = [
 
 
 class LoGoTerms(NamedTuple):
-    """What `LoGoLoss` returns: `total` to call backward on, and each term unweighted (scalars)."""
+    """What `LoGoLoss` returns: `total` to call backward on, and each term unweighted (scalars), of this rank."""
 
     total: Tensor
     global_global: Tensor
@@ -42,6 +42,9 @@ class LoGoLoss(nn.Module):
     `total = similarity + lambda * local_local + affinity`, one backward for one optimizer. Detaching
     routes the gradient: global_global reaches the online global crops, local_global and local_local
     the online local crops, and affinity nothing but the parameters of `affinity`; targets get none.
+
+    In distributed training every term sees the images of its own rank, without communication; data parallelism
+    averages the gradients. A `similarity` that gathers makes global_global and local_global gathered, no other term.
 
     Args:
         affinity: The pair scorer, usually `Affinity(dim)`; any module that maps two (P, N, D) tensors
