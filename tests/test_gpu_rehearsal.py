@@ -12,8 +12,8 @@ EXPECTED = {
     "environment": {"versions", "device", "copy_bytes_per_s", "bf16_matmul_flops"},
     "contract": {"byol", "benchmark moco", "plain simsiam"},
     "precision": {"byol, bfloat16", "byol, float16", "plain simsiam, gradient ratio, float16"},
-    "step_time_small": {"setting", "byol", "moco", "simsiam"},
-    "step_time_large": {"setting", "byol", "moco", "simsiam"},
+    "step_time_small": {"setting", "byol"},
+    "step_time_large": {"setting", "byol"},
     "objective": {"operators"},
     "memory": {"2 + 0", "2 + 6, kept", "2 + 6, recomputed"},
     "channels_last": {"byol", "benchmark moco", "plain simsiam"},
@@ -25,14 +25,10 @@ EXPECTED = {
 METHOD = {"seconds", "multi-crop / 2 crops", "LoGo / multi-crop", "own_seconds", "kernels"}
 
 
-def run(*arguments):
-    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--tiny", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 def test_every_section_runs_on_the_cpu(tmp_path):
     pytest.importorskip("lightly")
-    done = run("--minutes", 30, "--json", tmp_path / "gpu.json")
+    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--tiny", "--minutes", "30"]
+    done = subprocess.run([*command, "--json", str(tmp_path / "gpu.json")], capture_output=True, text=True)
     found = json.loads((tmp_path / "gpu.json").read_text())["sections"]
     assert found.keys() == EXPECTED.keys()
     for name, section in found.items():
@@ -43,45 +39,54 @@ def test_every_section_runs_on_the_cpu(tmp_path):
     assert found["step_time_small"]["byol"].keys() >= METHOD
     recomputed, kept = (found["memory"][f"2 + 6, {kind}"]["kept_bytes"] for kind in ("recomputed", "kept"))
     assert recomputed < kept
-    assert (
-        found["transfer"]["defer=None"]["bytes_per_image"] == 4 * found["transfer"]["defer=augment"]["bytes_per_image"]
-    )
+    float32, uint8 = (found["transfer"][f"defer={defer}"]["bytes_per_image"] for defer in (None, "augment"))
+    assert float32 == 4 * uint8 == 4 * 3 * 2 * (224**2 + 96**2)
 
 
-@pytest.mark.parametrize(
-    ("broken", "status"),
-    [
-        ("raise ModuleNotFoundError('no lightly', name='lightly.loss')", "skipped"),
-        ("raise ModuleNotFoundError('no logo', name='logo_plugin.missing')", "failed"),
-        ("raise RuntimeError('out of luck')", "failed"),
-        ("while True: pass", "late"),
-    ],
-)
-def test_a_section_that_breaks_loses_nothing(tmp_path, broken, status):
-    """What it had, and the sections after it, are in the file."""
-    program = f"""
+PROGRAM = """
 import sys
-sys.path.insert(0, {str(SCRIPT.parent)!r})
+
+sys.path.insert(0, sys.argv[1])
 import gpu
 
-def broken(run):
-    yield "first", 1
-    {broken}
+def breaking(error):
+    def section(run):
+        yield "first", 1
+        while error is None:
+            pass
+        raise error
+    return section
 
 def after(run):
     yield "second", float("nan")
 
-gpu.sections = lambda tiny: {{"broken": (broken, 0.5), "after": (after, 5)}}
-sys.argv = ["gpu.py", "--device", "cpu", "--json", {str(tmp_path / "gpu.json")!r}]
+gpu.sections = lambda tiny: {
+    "without lightly": (breaking(ModuleNotFoundError("no module", name="lightly.loss")), 9),
+    "without ours": (breaking(ModuleNotFoundError("no module", name="logo_plugin.missing")), 9),
+    "unlucky": (breaking(RuntimeError("out of luck")), 9),
+    "endless": (breaking(None), 0.5),
+    "after": (after, 9),
+}
+sys.argv = ["gpu.py", "--device", "cpu", "--json", sys.argv[2]]
 gpu.main()
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+
+def test_a_section_that_breaks_loses_nothing(tmp_path):
+    """What it had, and the sections after it, are in the file; only failures fail the command."""
+    command = [sys.executable, "-c", PROGRAM, str(SCRIPT.parent), str(tmp_path / "gpu.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
     found = json.loads((tmp_path / "gpu.json").read_text())["sections"]
-    assert found["broken"]["first"] == 1
-    assert found["broken"]["status"] == status, found
-    assert found["after"] | {"wall_seconds": 0} == {"status": "ok", "second": "nan", "wall_seconds": 0}
-    assert done.returncode == (status == "failed"), done.stderr
-
-
-def test_what_it_refuses():
-    assert "no section stepp" in run("--only", "stepp").stderr
+    statuses = {name: section["status"] for name, section in found.items()}
+    assert statuses == {
+        "without lightly": "skipped",
+        "without ours": "failed",
+        "unlucky": "failed",
+        "endless": "late",
+        "after": "ok",
+    }
+    assert found["without lightly"]["reason"] == "lightly.loss is not installed"
+    assert "out of luck" in found["unlucky"]["error"]
+    assert found["after"]["second"] == "nan"
+    assert [found[name]["first"] for name in list(found)[:-1]] == [1] * 4
+    assert done.returncode == 1, done.stderr
