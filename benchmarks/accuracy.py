@@ -11,7 +11,8 @@ share the runs: a run is locked while a process is at it.
     python benchmarks/accuracy_report.py accuracy_runs                       # tables and figures
     python benchmarks/accuracy_study.py --data data                          # the Imagenette study of docs/results.md
 
---dataset cifar10 (the default) has crops of 32 and 32 px, imagenette (at 96 px) of 64 and 32 px. --data is a folder for
+--dataset cifar10 (the default) has crops of 32 and 32 px, imagenette (at 96 px) of 64 and 32 px; collages are 64 px
+scenes of four CIFAR-10 images, crops of 48 and 24 px, judged by other images of CIFAR-10. --data is a folder for
 torchvision's CIFAR10 and Imagenette (size "160px"), downloaded if missing, or one with their images in npz archives.
 --tune trains on one half of the training images and judges on the other, to choose a learning rate (several --lr) by;
 --rates takes what was chosen, {method: {arm: lr}}; an arm that is not listed has multi-crop's, a method --lr.
@@ -69,9 +70,10 @@ def train_run(method, arm, seed, options):
 
 def run(method, arm, seed, options, folder):
     setting = DATASETS[options.dataset]
-    train, test, others = load(options.dataset, options.data, options.subset, options.tune)
+    train, test, others, scenes = load(options.dataset, options.data, options.subset, options.tune)
     epochs = epochs_of(method, arm, options.epochs, setting.crops)
-    model, noted = fit(method, arm, seed, options, epochs, setting, train, test, folder)
+    images = scenes[0] if scenes else train
+    model, noted = fit(method, arm, seed, options, epochs, setting, images, train, test, folder)
     if not options.tune:
         torch.save(model.state_dict(), folder / "weights.pt")
     return {
@@ -81,7 +83,7 @@ def run(method, arm, seed, options, folder):
         "curve": noted["knn"],
         "seconds_per_step": sorted(noted["seconds"])[len(noted["seconds"]) // 2],
         "cpu_seconds": noted["cpu_seconds"],
-        "final": evaluate(model, setting, train, test, others),
+        "final": evaluate(model, setting, train, test, others, scenes),
         "loss": repr(getattr(model, "logo", None)),
         "setting": {
             **{k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in SELECTION},
@@ -96,14 +98,16 @@ def run(method, arm, seed, options, folder):
 
 @cache
 def load(dataset, folder, subset, tune):
-    read = DATASETS[dataset].read
-    train = read(folder, train=True)
+    """(images, labels) to know and to be asked for, other such pairs by name, and scenes to learn from and to ask."""
+    setting = DATASETS[dataset]
+    train = setting.read(folder, train=True)
+    scenes = [setting.scenes(folder, train=part) for part in (True, False)] if setting.scenes else None
     if tune:
-        return *halves(train), {}
+        return *halves(train), {}, scenes
     if subset:
         chosen = first_per_class(train[1], subset)
         train = train[0][chosen], train[1][chosen]
-    return train, read(folder, train=False), other_sets(dataset, folder)
+    return train, setting.read(folder, train=False), other_sets(dataset, folder), scenes
 
 
 def runs(options):

@@ -1,6 +1,7 @@
-"""What is learned from and judged on: CIFAR-10 or Imagenette, and other sets for transfer, as uint8 tensors."""
+"""What is learned from and judged on: CIFAR-10, Imagenette, collages, other sets for transfer; all uint8 tensors."""
 
 import io
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,8 @@ class Setting(NamedTuple):
     crops: dict
     view: int  # pixels of the central crop that features are taken of
     neighbours: int  # k of k-NN
-    read: object
+    read: Callable  # (folder, train) -> images and labels
+    scenes: Callable | None = None  # the same, of the images to learn from, with labels (N, classes) of 0 and 1
 
 
 def read_cifar10(folder, train):
@@ -57,10 +59,32 @@ def read_imagenette(folder, train):
     return images[order], labels[order]
 
 
-CIFAR = MultiCropCollate.cifar10()
+def read_objects(folder, train):
+    """Images of CIFAR-10 that no collage is made of, to judge by what was learned from collages."""
+    images, labels = read_cifar10(folder, train)
+    chosen = slice(40000, 50000) if train else slice(0, 5000)
+    return images[chosen], labels[chosen]
+
+
+def read_collages(folder, train):
+    """uint8 (N, 3, 64, 64) of four images of CIFAR-10 each, rolled on a torus, and which classes are in it, (N, 10).
+
+    Two local crops of a collage truly show different things: the premise of repelling them.
+    """
+    images, labels = read_cifar10(folder, train)
+    images, labels, count = (images[:40000], labels[:40000], 10000) if train else (images[5000:], labels[5000:], 2500)
+    generator = torch.Generator().manual_seed(int(train))
+    four = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(2)])[: 4 * count].view(count, 4)
+    rows = [torch.cat([images[four[:, i]], images[four[:, i + 1]]], 3) for i in (0, 2)]
+    shifts = torch.randint(64, (count, 2), generator=generator).tolist()
+    collages = [torch.roll(each, shift, (1, 2)) for each, shift in zip(torch.cat(rows, 2), shifts, strict=True)]
+    return torch.stack(collages), torch.zeros(count, 10).scatter_(1, labels[four], 1.0)
+
+
+CIFAR = {name: getattr(MultiCropCollate.cifar10(), name) for name in ("blur_p", "mean", "std")}
 DATASETS = {
     "cifar10": Setting(
-        {name: getattr(CIFAR, name) for name in ("global_size", "local_size", "blur_p", "mean", "std")},
+        {"global_size": 32, "local_size": 32, **CIFAR},
         view=32,
         neighbours=200,
         read=read_cifar10,
@@ -71,6 +95,13 @@ DATASETS = {
         view=80,
         neighbours=20,
         read=read_imagenette,
+    ),
+    "collages": Setting(
+        {"global_size": 48, "local_size": 24, "local_scale": (0.05, 0.25), **CIFAR},
+        view=32,
+        neighbours=200,
+        read=read_objects,
+        scenes=read_collages,
     ),
 }
 
@@ -99,7 +130,7 @@ def other_sets(dataset, folder):
         pixels = np.stack([image.convert("RGB").resize((size, size)) for image, _ in part])
         tiles.append((torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor([label for _, label in part])))
     sets["photo tiles"] = tuple(tiles)
-    if dataset != "cifar10":
+    if dataset == "imagenette":
         images, labels = read_cifar10(folder, train=False)
         images = _resized(images.float(), size)
         sets["cifar10"] = (images[:5000], labels[:5000]), (images[5000:], labels[5000:])

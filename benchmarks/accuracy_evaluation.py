@@ -7,13 +7,15 @@ import torch.nn.functional as F
 from accuracy_data import first_per_class
 from lightly.utils.benchmarking import knn_predict
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from logo_plugin import MultiCropCollate
 
 
-def evaluate(model, setting, train, test, others):
+def evaluate(model, setting, train, test, others, scenes):
     banks = [features(model, setting, *part) for part in (train, test)]
     tenth = first_per_class(train[1], len(train[1]) // 10)
     found = {"knn": knn(*banks, k=setting.neighbours), "linear": linear(*banks)}
@@ -21,18 +23,20 @@ def evaluate(model, setting, train, test, others):
     for name, parts in others.items():
         pair = [features(model, setting, *part) for part in parts]
         found[f"{name}_knn"], found[f"{name}_linear"] = knn(*pair, k=20), linear(*pair)
-    return found | mechanism(model, setting, test[0])
+    if scenes:
+        found["scenes_map"] = mean_average_precision(*(features(model, setting, *part, whole=True) for part in scenes))
+    return found | mechanism(model, setting, scenes[1][0] if scenes else test[0])
 
 
 @torch.no_grad()
-def features(model, setting, images, labels):
-    """Backbone features (N, D), float32, and labels, of the images' centres."""
+def features(model, setting, images, labels, whole=False):
+    """Backbone features (N, D), float32, and labels, of the images' centres, or of whole images."""
     mode = model.training
     model.eval()
     found = []
     crops = MultiCropCollate(**setting.crops)
     mean, std = (torch.tensor(values, device=model.device).view(3, 1, 1) for values in (crops.mean, crops.std))
-    edge = max(0, images.shape[-1] - setting.view) // 2
+    edge = max(0, images.shape[-1] - setting.view) // 2 * (not whole)
     for part in images[:, :, edge : images.shape[-1] - edge, edge : images.shape[-1] - edge].split(250):
         found.append(model.backbone((part.to(model.device).float() / 255 - mean) / std).flatten(1))
     model.train(mode)
@@ -57,6 +61,13 @@ def linear(bank, queries):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # not converged in 500 iterations
         return 100 * float(probe.fit(x, y).score(asked, answers))
+
+
+def mean_average_precision(bank, queries):
+    """Of one logistic regression (C 0.1) per class on standardised features, labels (N, classes), in percent."""
+    (x, y), (asked, answers) = ((part.cpu().numpy() for part in pair) for pair in (bank, queries))
+    probe = make_pipeline(StandardScaler(), OneVsRestClassifier(LogisticRegression(C=0.1, max_iter=200))).fit(x, y)
+    return 100 * float(average_precision_score(answers, probe.decision_function(asked), average="macro"))
 
 
 def effective_rank(x):

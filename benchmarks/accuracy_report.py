@@ -29,6 +29,7 @@ QUALITY = (
     "knn",
     "linear",
     "linear_10_percent",
+    "scenes_map",
     "cifar10_knn",
     "cifar10_linear",
     "digits_knn",
@@ -48,6 +49,7 @@ DIGITS = {name: 2 for name in MECHANISM[:4]} | {"s per step": 3, "lr": 2, "cpu_s
 HEADINGS = {
     "knn": "k-NN",
     "linear_10_percent": "linear, 10 % of labels",
+    "scenes_map": "collages, mAP",
     "cifar10_knn": "CIFAR-10 k-NN",
     "cifar10_linear": "CIFAR-10 linear",
     "digits_knn": "digits k-NN",
@@ -95,8 +97,10 @@ def cell(values, digits=1):
 
 
 def markdown(columns, rows):
-    lines = [[HEADINGS.get(column, column.replace("_", " ")) for column in columns], ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    head, *body = (
+        f"| {' | '.join(line)} |\n" for line in ([HEADINGS.get(c, c.replace("_", " ")) for c in columns], *rows)
+    )
+    return f"{head}|{'---|' * len(columns)}\n{''.join(body)}"
 
 
 def value(record, column):
@@ -251,13 +255,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of accuracy.py, or JSON files made of them")
     parser.add_argument("--json", type=Path, help="write all runs into one file")
-    parser.add_argument("--figures", type=Path, help="folder for accuracy_{curves,factors,doses}_{data set}.png")
+    parser.add_argument("--figures", type=Path, help="folder for accuracy_*.png")
     parser.add_argument("--into", type=Path, help="document with marks such as <!-- imagenette main -->, to fill")
     options = parser.parse_args()
     everything = read(options.runs)
     records = [r for runs in everything.values() for of_seeds in runs.values() for r in of_seeds.values()]
     if options.json:
         options.json.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+    if options.figures and len(everything) > 1:
+        panels = [
+            (f"{dataset}, {next(iter(runs))[0]}", runs, next(iter(runs))[0]) for dataset, runs in everything.items()
+        ]
+        draw_curves(panels, options.figures / "accuracy_curves.png")
     for dataset, runs in everything.items():
         methods = list(dict.fromkeys(method for method, _ in runs))
         text = {

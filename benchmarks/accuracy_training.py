@@ -105,7 +105,7 @@ def build(method, arm, options, batches, epochs):
 
 
 class Curve(Callback):
-    """k-NN accuracy every few epochs; seeds each epoch, so that a resumed run is the same run."""
+    """k-NN accuracy every few epochs; seeds each epoch, so that a resumed run differs by one epoch's order only."""
 
     def __init__(self, seed, every, epochs, setting, train, test):
         self.seed, self.every, self.epochs = seed, every, epochs
@@ -146,11 +146,14 @@ def clock(model):
     return time.process_time()
 
 
-def fit(method, arm, seed, options, epochs, setting, train, test, folder):
-    """The trained model and what was noted on the way; continues from the folder's last epoch, if there is one."""
+def fit(method, arm, seed, options, epochs, setting, images, train, test, folder):
+    """The model that learned from `images`, and what was noted on the way: k-NN of test from train.
+
+    Continues from the folder's last epoch, if there is one.
+    """
     torch.manual_seed(seed)
     data = DataLoader(
-        TensorDataset(*train),
+        TensorDataset(*images),
         batch_size=options.batch_size,
         shuffle=True,
         drop_last=True,
