@@ -43,6 +43,7 @@ from accuracy_data import DATASETS, first_per_class, halves, other_sets
 from accuracy_evaluation import evaluate
 from accuracy_training import METHODS, fit
 
+DEFAULT = ["2 crops", "2 crops, equal compute", "multi-crop", "LoGo"]
 SELECTION = ("methods", "arms", "seeds", "data", "output", "every", "workers", "known", "rates", "lr", "epochs")
 
 
@@ -132,9 +133,9 @@ def parse(arguments=None):
         "--arms",
         nargs="+",
         choices=[*ARMS, "all"],
-        default=list(ARMS)[:4],
+        default=DEFAULT,
         metavar="ARM",
-        help=f"all, or some of: {', '.join(ARMS)} (default: the first four)",
+        help=f"all, or some of: {', '.join(ARMS)} (default: {', '.join(DEFAULT)})",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=200, help="of multi-crop 2 + 2 where compute is equal")

@@ -23,8 +23,8 @@ from scipy.stats import t as student
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-MAIN = ("2 crops", "2 crops, equal compute", "multi-crop", "LoGo", "release")
-COLOURS = dict(zip(MAIN, ("#7f7f7f", "#000000", "#1f77b4", "#d62728", "#ff7f0e"), strict=True))
+MAIN = ("2 crops", "2 crops, equal compute", "2 crops, equal seconds", "multi-crop", "LoGo", "release")
+COLOURS = dict(zip(MAIN, ("#b0b0b0", "#000000", "#707070", "#1f77b4", "#d62728", "#ff7f0e"), strict=True))
 QUALITY = (
     "knn",
     "linear",

@@ -6,7 +6,8 @@
         --into docs/results.md --figures docs
 
 The learning rate of an arm is chosen before its first run, from three, on one half of the training images by k-NN on
-the other half; the arms that vary one factor have plain multi-crop's. What benchmarks/results/ holds is not repeated.
+the other half. Arms outside the main comparison take that of 2 crops or of plain multi-crop. What is in
+benchmarks/results/ is not repeated.
 """
 
 import argparse
@@ -33,6 +34,7 @@ PREDICTORLESS = [arm for arm in ONE_FACTOR if "predictor" not in arm and arm != 
 # (data set, method, arms, seeds, epochs), the most wanted first
 STAGES = [
     ("imagenette", "byol", MAIN, [0, 1, 2], 30),
+    ("imagenette", "byol", ["2 crops, equal seconds"], [0, 1, 2], 30),
     ("imagenette", "moco-both", MAIN, [0, 1, 2], 30),
     ("imagenette", "simsiam", MAIN, [0, 1, 2], 30),
     ("imagenette", "byol", ONE_FACTOR, [0], 30),
@@ -67,7 +69,7 @@ def advance(options):
         for seed in seeds:
             for arm in arms:
                 job = [*COMMON, "--data", options.data, "--dataset", dataset, "--methods", method]
-                like = arm if arm in MAIN else "multi-crop"
+                like = arm if arm in MAIN else MAIN[0] if arm.startswith("2 crops") else "multi-crop"
                 attempts = {accuracy.train_run(*one) for one in tuning(job, like, options.output, dataset)}
                 if not attempts & {"ran", "busy"}:
                     job += ["--arms", arm, "--seeds", str(seed), "--epochs", str(epochs)]
