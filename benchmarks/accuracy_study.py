@@ -32,8 +32,11 @@ ONE_FACTOR = [
 PREDICTORLESS = [arm for arm in ONE_FACTOR if "predictor" not in arm and arm != "MULAN"]
 # (data set, method, arms, seeds, epochs), the most wanted first
 STAGES = [
-    ("imagenette", "byol", MAIN, [0, 1, 2], 11),
-    ("imagenette", "byol", ["2 crops, equal seconds"], [0, 1, 2], 11),
+    ("imagenette", "byol", MAIN, [0, 1], 11),
+    ("imagenette", "byol", ["multi-crop, lr x 2"], [0], 11),
+    ("imagenette", "byol", MAIN, [2], 11),
+    ("imagenette", "byol", ["multi-crop, lr x 2"], [1, 2], 11),
+    ("imagenette", "byol", ["2 crops, equal seconds", "2 crops, equal compute, lr x 0.5"], [0, 1, 2], 11),
     ("imagenette", "moco-both", MAIN, [0, 1, 2], 11),
     ("imagenette", "simsiam", MAIN, [0, 1, 2], 11),
     ("imagenette", "byol", MAIN, [0, 1, 2], 60),
