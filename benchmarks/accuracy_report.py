@@ -23,8 +23,31 @@ from scipy.stats import t as student
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-MAIN = ("2 crops", "2 crops, equal compute", "2 crops, equal seconds", "multi-crop", "LoGo", "release")
-COLOURS = dict(zip(MAIN, ("#b0b0b0", "#000000", "#707070", "#1f77b4", "#d62728", "#ff7f0e"), strict=True))
+COLOURS = {
+    "2 crops": "#b0b0b0",
+    "2 crops, equal compute": "#000000",
+    "2 crops, equal compute, lr x 2": "#555555",
+    "2 crops, equal seconds": "#707070",
+    "multi-crop": "#1f77b4",
+    "multi-crop, lr x 2": "#17becf",
+    "LoGo": "#d62728",
+    "LoGo, lr x 2": "#e377c2",
+    "release": "#ff7f0e",
+    "release, lr x 2": "#bcbd22",
+}
+MAIN = tuple(COLOURS)
+PAIRS = (
+    ("multi-crop", "2 crops, equal compute"),
+    ("multi-crop", "2 crops, equal seconds"),
+    ("LoGo", "2 crops, equal compute"),
+    ("LoGo", "multi-crop"),
+    ("release", "multi-crop"),
+    ("multi-crop, lr x 2", "multi-crop"),
+    ("multi-crop, lr x 2", "2 crops, equal compute"),
+    ("multi-crop, lr x 2", "2 crops, equal compute, lr x 2"),
+    ("LoGo, lr x 2", "multi-crop, lr x 2"),
+    ("release, lr x 2", "multi-crop, lr x 2"),
+)
 QUALITY = (
     "knn",
     "linear",
@@ -141,12 +164,11 @@ def paired(runs, method, arm, base, what="knn"):
 def comparisons(runs, columns):
     """What the main arms differ by, method by method."""
     columns, rows = present(runs, columns), []
-    pairs = [(arm, base) for n, base in enumerate(MAIN[1:], 1) for arm in MAIN[n + 1 :]]
     for method in dict.fromkeys(method for method, _ in runs):
-        for arm, base in pairs:
+        for arm, base in PAIRS:
             cells = [paired(runs, method, arm, base, column) for column in columns]
             if cells[0]:
-                rows.append([method, f"{arm} - {base}", str(len(cells[0])), *map(cell, cells)])
+                rows.append([method, f"{arm} minus {base}", str(len(cells[0])), *map(cell, cells)])
     return markdown(["method", "difference", "seeds", *columns], rows)
 
 
