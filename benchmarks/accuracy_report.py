@@ -2,50 +2,105 @@
 
     python benchmarks/accuracy_report.py accuracy_runs --json benchmarks/results/accuracy_small.json
     python benchmarks/accuracy_report.py benchmarks/results/accuracy_small.json --figures docs
+    python benchmarks/accuracy_report.py benchmarks/results/imagenette_30.json --into docs/results.md --figures docs
 
-Takes folders of runs and JSON files made of them, all of one setting; a later one replaces equal runs. Values are means
-over seeds; the plus-minus is the half width of the 95 % confidence interval (Student's t), from 3 seeds on. Differences
-are paired by seed. Seconds per step are the fastest seed's: the others shared their machine with something.
+Takes folders of runs and JSON files made of them, of one setting per data set; a later one replaces equal runs.
+Values are means over seeds; the plus-minus is the half width of the 95 % confidence interval (Student's t), from 3
+seeds on. Differences are paired by seed. Seconds per step are the fastest seed's: the others shared their machine.
 """
 
 import argparse
 import json
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 
 import matplotlib as mpl
+from accuracy_arms import cost
 from scipy.stats import t as student
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-MAIN = ("2 crops", "2 crops, equal compute", "multi-crop", "LoGo")
-COLOURS = dict(zip(MAIN, ("#7f7f7f", "#000000", "#1f77b4", "#d62728"), strict=True))
-# Passes of the network for an image: forward and backward of an online view costs 3, forward of a target view 1.
-PASSES = {"simsiam": (6, 12), "byol": (8, 14), "moco": (4, 10)}
-QUALITY = ("knn", "linear", "linear_10_percent", "digits_knn", "digits_linear", "photo tiles_knn", "photo tiles_linear")
-DIGITS = {"local_local_similarity": 2, "other_image_similarity": 2}
+COLOURS = {
+    "2 crops": "#b0b0b0",
+    "2 crops, equal compute": "#000000",
+    "2 crops, equal compute, lr x 2": "#555555",
+    "2 crops, equal seconds": "#707070",
+    "multi-crop": "#1f77b4",
+    "multi-crop, lr x 2": "#17becf",
+    "LoGo": "#d62728",
+    "LoGo, lr x 2": "#e377c2",
+    "release": "#ff7f0e",
+    "release, lr x 2": "#bcbd22",
+}
+MAIN = tuple(COLOURS)
+PAIRS = (
+    ("multi-crop", "2 crops, equal compute"),
+    ("multi-crop", "2 crops, equal seconds"),
+    ("LoGo", "2 crops, equal compute"),
+    ("LoGo", "multi-crop"),
+    ("release", "multi-crop"),
+    ("multi-crop, lr x 2", "multi-crop"),
+    ("multi-crop, lr x 2", "2 crops, equal compute"),
+    ("multi-crop, lr x 2", "2 crops, equal compute, lr x 2"),
+    ("LoGo, lr x 2", "multi-crop, lr x 2"),
+    ("release, lr x 2", "multi-crop, lr x 2"),
+)
+QUALITY = (
+    "knn",
+    "linear",
+    "linear_10_percent",
+    "scenes_map",
+    "cifar10_knn",
+    "cifar10_linear",
+    "digits_knn",
+    "digits_linear",
+    "photo tiles_knn",
+    "photo tiles_linear",
+)
+MECHANISM = (
+    "local_local_similarity",
+    "other_image_similarity",
+    "feature_local_local_similarity",
+    "feature_other_image_similarity",
+    "affinity_accuracy",
+    "effective_rank",
+)
+DIGITS = {name: 2 for name in MECHANISM[:4]} | {"s per step": 3, "lr": 2, "cpu_seconds": 0}
 HEADINGS = {
     "knn": "k-NN",
     "linear_10_percent": "linear, 10 % of labels",
+    "scenes_map": "collages, mAP",
+    "cifar10_knn": "CIFAR-10 k-NN",
+    "cifar10_linear": "CIFAR-10 linear",
     "digits_knn": "digits k-NN",
     "photo tiles_knn": "photo tiles k-NN",
     "local_local_similarity": "local crops alike",
     "other_image_similarity": "of two images",
+    "feature_local_local_similarity": "their features alike",
+    "feature_other_image_similarity": "of two images' features",
     "affinity_accuracy": "affinity accuracy, %",
+    "cpu_seconds": "CPU s",
 }
-MECHANISM = ("local_local_similarity", "other_image_similarity", "affinity_accuracy", "effective_rank")
+CIFAR = {"global_size": 32, "local_size": 32}  # of the runs that have no cost in them
+DOSES = {
+    "BatchNorm affinity": {0.1: "LoGo, ratio 0.1", 0.015: "release", **{r: f"ratio {r:g}" for r in (0.005, 0.05, 0.3)}},
+    "LayerNorm affinity": {0.1: "layer norm", **{r: f"layer norm, ratio {r:g}" for r in (0.005, 0.015, 0.05, 0.3)}},
+    "cosine": {0.1: "cosine", **{r: f"cosine, ratio {r:g}" for r in (0.005, 0.015, 0.05, 0.3)}},
+}
 
 
 def read(paths):
-    """{(method, arm): {seed: record}}"""
-    runs = defaultdict(dict)
+    """{data set: {(method, arm): {seed: record}}}"""
+    found = defaultdict(lambda: defaultdict(dict))
     for path in paths:
         parts = [f"[{file.read_text()}]" for file in sorted(path.glob("*.json"))] or [path.read_text()]
         for record in (record for part in parts for record in json.loads(part)):
-            runs[record["method"], record["arm"]][record["seed"]] = record
-    return dict(runs)
+            dataset = record["setting"].get("dataset", "cifar10")
+            found[dataset][record["method"], record["arm"]][record["seed"]] = record
+    return {dataset: dict(runs) for dataset, runs in found.items()}
 
 
 def interval(values):
@@ -64,67 +119,97 @@ def cell(values, digits=1):
     return f"{mean:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
-def print_header(*columns):
-    names = (HEADINGS.get(column, column.replace("_", " ")) for column in columns)
-    print("| " + " | ".join(names) + " |\n|" + "---|" * len(columns))
+def markdown(columns, rows):
+    head, *body = (
+        f"| {' | '.join(line)} |\n" for line in ([HEADINGS.get(c, c.replace("_", " ")) for c in columns], *rows)
+    )
+    return f"{head}|{'---|' * len(columns)}\n{''.join(body)}"
 
 
-def table(runs, methods, arms, columns):
-    print_header("method", "arm", "seeds", *columns)
-    for method in methods:
-        for arm in arms:
+def value(record, column):
+    if column == "s per step":
+        return record["seconds_per_step"]
+    return record["final"].get(column, record.get(column))
+
+
+def present(runs, columns):
+    """The columns that any run has something to say in."""
+    records = [record for of_seeds in runs.values() for record in of_seeds.values()]
+    return [column for column in columns if any(value(record, column) is not None for record in records)]
+
+
+def table(runs, columns):
+    """The main arms, method by method."""
+    columns, rows = present(runs, columns), []
+    for method in dict.fromkeys(method for method, _ in runs):
+        for arm in MAIN:
             of_seeds = runs.get((method, arm))
             if of_seeds:
-                finals = [record["final"] for record in of_seeds.values()]
-                cells = [cell([f[c] for f in finals if c in f], DIGITS.get(c, 1)) for c in columns]
-                if "s per step" in columns:
-                    cells[columns.index("s per step")] = f"{min(r['seconds_per_step'] for r in of_seeds.values()):.3f}"
-                print(f"| {method} | {arm} | {len(of_seeds)} | " + " | ".join(cells) + " |")
-    print()
+                cells = []
+                for column in columns:
+                    values = [v for v in (value(r, column) for r in of_seeds.values()) if v is not None]
+                    if column in ("s per step", "lr"):  # the fastest; one and the same
+                        values = [min(values)] if values else []
+                    cells.append(cell(values, DIGITS.get(column, 1)))
+                rows.append([method, arm, str(len(of_seeds)), *cells])
+    return markdown(["method", "arm", "seeds", *columns], rows)
+
+
+def paired(runs, method, arm, base, what="knn"):
+    """The arm's differences to the base, of the seeds that both have."""
+    mine, reference = runs.get((method, arm), {}), runs.get((method, base), {})
+    return [mine[s]["final"][what] - reference[s]["final"][what] for s in sorted(mine.keys() & reference.keys())]
+
+
+def comparisons(runs, columns):
+    """What the main arms differ by, method by method."""
+    columns, rows = present(runs, columns), []
+    for method in dict.fromkeys(method for method, _ in runs):
+        for arm, base in PAIRS:
+            cells = [paired(runs, method, arm, base, column) for column in columns]
+            if cells[0]:
+                rows.append([method, f"{arm} minus {base}", str(len(cells[0])), *map(cell, cells)])
+    return markdown(["method", "difference", "seeds", *columns], rows)
 
 
 def differences(runs, method, base, what="knn"):
     """{arm: paired differences to the base}, of arms that share a seed with it, the lowest mean first."""
-    found = {}
-    reference = runs.get((method, base), {})
-    for (of, arm), of_seeds in runs.items():
-        shared = of_seeds.keys() & reference.keys()
-        if of == method and arm != base and shared:
-            found[arm] = [of_seeds[s]["final"][what] - reference[s]["final"][what] for s in sorted(shared)]
-    return dict(sorted(found.items(), key=lambda item: interval(item[1])[0]))
+    found = {arm: paired(runs, method, arm, base, what) for of, arm in runs if of == method and arm != base}
+    return dict(sorted((item for item in found.items() if item[1]), key=lambda item: interval(item[1])[0]))
 
 
 def factors(runs, method, base):
     """Each arm's paired differences to the base, and what the representation looks like."""
-    print(f"{method}, minus {base}'s:\n")
-    print_header("arm", "seeds", *QUALITY[:3], *MECHANISM)
     of = {what: differences(runs, method, base, what) for what in QUALITY[:3]}
+    columns, rows = present(runs, MECHANISM), []
     for arm in reversed(of["knn"]):
         finals = [record["final"] for record in runs[method, arm].values()]
         cells = [cell(of[what][arm]) for what in QUALITY[:3]]
-        cells += [cell([f[c] for f in finals if c in f], DIGITS.get(c, 1)) for c in MECHANISM]
-        print(f"| {arm} | {len(of['knn'][arm])} | " + " | ".join(cells) + " |")
-    print()
+        cells += [cell([f[c] for f in finals if c in f], DIGITS.get(c, 1)) for c in columns]
+        rows.append([arm, str(len(of["knn"][arm])), *cells])
+    return markdown(["arm", "seeds", *QUALITY[:3], *columns], rows)
 
 
-def draw_curves(runs, methods, path):
-    figure, axes = plt.subplots(1, len(methods), figsize=(3.6 * len(methods), 3.6), layout="constrained", squeeze=False)
-    for axis, method in zip(axes[0], methods, strict=True):
+def draw_curves(panels, path):
+    """k-NN against compute; `panels` are (title, runs, method)."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.6), layout="constrained", squeeze=False)
+    for axis, (title, runs, method) in zip(axes[0], panels, strict=True):
         for arm in MAIN:
             of_seeds = list(runs.get((method, arm), {}).values())
             if not of_seeds:
                 continue
-            passes = PASSES[method]["2 crops" not in arm]
-            compute = [epoch * passes / PASSES[method][0] for epoch, _ in of_seeds[0]["curve"]]
+            factor = of_seeds[0].get("cost") or cost(method, arm, CIFAR)
+            compute = [epoch * factor for epoch, _ in of_seeds[0]["curve"]]
             curves = [[accuracy for _, accuracy in record["curve"]] for record in of_seeds]
             means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
             axis.plot(compute, means, color=COLOURS[arm], label=arm)
             for curve in curves:
                 axis.plot(compute, curve, "o", color=COLOURS[arm], markersize=3.5, alpha=0.6)
-        axis.set(title=method, xlabel="compute, in epochs of 2 crops", ylabel="k-NN accuracy, %")
+        axis.set(title=title, xlabel="compute, in epochs of 2 crops", ylabel="k-NN accuracy, %")
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
+        axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def draw_factors(runs, method, base, path):
@@ -156,27 +241,74 @@ def draw_factors(runs, method, base, path):
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_doses(runs, methods, path):
+    """k-NN against the repulsion's cap, minus plain multi-crop's of the same seeds."""
+    figure, axes = plt.subplots(1, len(methods), figsize=(4.2 * len(methods), 3.6), layout="constrained", squeeze=False)
+    for axis, method in zip(axes[0], methods, strict=True):
+        for (name, arms), colour in zip(DOSES.items(), ("#ff7f0e", "#2ca02c", "#9467bd"), strict=True):
+            found = {dose: paired(runs, method, arm, "multi-crop") for dose, arm in sorted(arms.items())}
+            found = {dose: pairs for dose, pairs in found.items() if pairs}
+            if not found:
+                continue
+            means, halves = zip(*map(interval, found.values()), strict=True)
+            axis.errorbar(list(found), means, [half or 0 for half in halves], color=colour, capsize=3, label=name)
+            for dose, pairs in found.items():
+                axis.plot([dose] * len(pairs), pairs, "o", color=colour, markersize=3.5, alpha=0.6)
+        axis.axhline(0, color="#1f77b4", linewidth=0.8)
+        axis.set(title=method, xlabel="gradient_ratio", ylabel="k-NN minus multi-crop's, points", xscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def put(text, document):
+    """Replaces what stands between `<!-- name -->` and `<!-- end -->` in a document by the tables of these names."""
+    page = document.read_text()
+    for name, content in text.items():
+        page = re.sub(f"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", rf"\g<1>{content}\g<2>", page, flags=re.S)
+    document.write_text(page)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of accuracy.py, or JSON files made of them")
     parser.add_argument("--json", type=Path, help="write all runs into one file")
-    parser.add_argument("--figures", type=Path, help="folder for accuracy_curves.png and accuracy_factors.png")
+    parser.add_argument("--figures", type=Path, help="folder for accuracy_*.png")
+    parser.add_argument("--into", type=Path, help="document with marks such as <!-- imagenette main -->, to fill")
     options = parser.parse_args()
-    runs = read(options.runs)
-    records = [record for of_seeds in runs.values() for record in of_seeds.values()]
+    everything = read(options.runs)
+    records = [r for runs in everything.values() for of_seeds in runs.values() for r in of_seeds.values()]
     if options.json:
         options.json.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
-    methods = list(dict.fromkeys(record["method"] for record in records))
-    table(runs, methods, MAIN, (*QUALITY, "s per step"))
-    table(runs, methods, MAIN, MECHANISM)
-    for method in methods:
-        factors(runs, method, "multi-crop")
-    if options.figures:
-        draw_curves(runs, methods, options.figures / "accuracy_curves.png")
-        most = max(methods, key=lambda method: sum(of == method for of, _ in runs))
-        draw_factors(runs, most, "multi-crop", options.figures / "accuracy_factors.png")
+    if options.figures and len(everything) > 1:
+        panels = [
+            (f"{dataset}, {next(iter(runs))[0]}", runs, next(iter(runs))[0]) for dataset, runs in everything.items()
+        ]
+        draw_curves(panels, options.figures / "accuracy_curves.png")
+    for dataset, runs in everything.items():
+        methods = list(dict.fromkeys(method for method, _ in runs))
+        text = {
+            f"{dataset} main": table(runs, ("lr", *QUALITY, "s per step", "cpu_seconds")),
+            f"{dataset} mechanism": table(runs, MECHANISM),
+            f"{dataset} differences": comparisons(runs, QUALITY),
+        }
+        text |= {f"{dataset} {method} factors": factors(runs, method, "multi-crop") for method in methods}
+        for name, content in text.items():
+            print(f"{name}\n\n{content}")
+        if options.into:
+            put(text, options.into)
+        if options.figures:
+            draw_curves(
+                [(method, runs, method) for method in methods], options.figures / f"accuracy_curves_{dataset}.png"
+            )
+            most = max(methods, key=lambda method: sum(of == method for of, _ in runs))
+            draw_factors(runs, most, "multi-crop", options.figures / f"accuracy_factors_{dataset}.png")
+            if any("lr" in r for of_seeds in runs.values() for r in of_seeds.values()):
+                draw_doses(runs, methods, options.figures / f"accuracy_doses_{dataset}.png")
 
 
 if __name__ == "__main__":

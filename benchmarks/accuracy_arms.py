@@ -1,0 +1,131 @@
+"""What is compared: the arms of benchmarks/accuracy.py, and what an epoch of each costs."""
+
+from functools import partial
+
+import torch.nn.functional as F
+from torch import nn
+
+from logo_plugin import Affinity
+
+# Passes of the network for an image: forward and backward of an online view costs 3, forward of a target view 1.
+# The first number is that of the two global crops; every local crop adds 3.
+GLOBAL_PASSES = {"simsiam": 6, "byol": 8, "moco": 4, "moco-both": 8}
+LOCAL_PASSES = 3
+
+
+class CosineAffinity(nn.Module):
+    """Nothing to learn: the cosine similarity itself is repelled."""
+
+    def forward(self, first, second):
+        return F.cosine_similarity(first, second, dim=-1)
+
+
+class Attraction(CosineAffinity):
+    """The control: local crops are pulled together instead."""
+
+    def forward(self, first, second):
+        return -super().forward(first, second)
+
+
+class UnitAffinity(Affinity):
+    """On projections of unit length, as in the official release: their length is no way out of the repulsion."""
+
+    def forward(self, first, second):
+        return super().forward(F.normalize(first, dim=-1), F.normalize(second, dim=-1))
+
+
+# arm: (options of wrap or None for two crops, options of the run: crops, equal compute, factors of the lr, ...).
+# An affinity is given as what makes it, so that the run's seed initialises it; 128 is the projector's width.
+# "compute" trains for as many epochs as make the run cost what multi-crop 2 + 2 costs, in passes weighted by pixels.
+TWO_CROPS = {"local_crops": 0, "global_scale": (0.2, 1.0)}
+ARMS = {
+    "2 crops": (None, {"crops": TWO_CROPS}),
+    "2 crops, equal compute": (None, {"crops": TWO_CROPS, "compute": True}),
+    # Small local crops cost more seconds than their pixels say: on a CPU a 2 + 2 step of BYOL at 64 and 32 px took
+    # 1.33 x a 2-crop step, the making of the crops included.
+    "2 crops, equal seconds": (None, {"crops": TWO_CROPS, "longer": 4 / 3}),
+    "multi-crop": ({"affinity": None}, {}),
+    "LoGo": ({"local_weight": 1e-4}, {}),
+    "LoGo, ratio 0.1": ({"gradient_ratio": 0.1}, {}),
+}
+for weight in (1e-5, 1e-3, 1e-2, 1e-1, 1.0):
+    ARMS[f"lambda {weight:g}"] = ({"local_weight": weight}, {})
+for ratio in (0.005, 0.015, 0.05, 0.3):
+    ARMS[f"ratio {ratio:g}"] = ({"gradient_ratio": ratio}, {})
+
+# One factor at a time, at a repulsion that is strong enough for the factor to show.
+STRONG = {"gradient_ratio": 0.1}
+COSINE = {"affinity": CosineAffinity, "repulsion": "logit"}
+LAYER = {"affinity": partial(Affinity, 128, norm="layer")}
+AT_BACKBONE = {"projector": "backbone"}  # the tiny network's features are 128 wide, too
+ARMS |= {
+    "difference": ({**STRONG, "affinity_loss": "difference"}, {}),
+    "layer norm": ({**STRONG, **LAYER}, {}),
+    "unit z": ({**STRONG, "affinity": partial(UnitAffinity, 128)}, {}),
+    "layer norm, unit z": ({**STRONG, "affinity": partial(UnitAffinity, 128, norm="layer")}, {}),
+    "logit": ({**STRONG, "repulsion": "logit"}, {}),
+    "cosine": ({**STRONG, **COSINE}, {}),
+    "attraction": ({**STRONG, "affinity": Attraction, "repulsion": "logit"}, {}),
+    "no noise": ({**STRONG, "positive_noise": 0.0}, {}),
+    "noise 1": ({**STRONG, "positive_noise": 1.0}, {}),
+    "affinity lr x 0.1": (STRONG, {"affinity_lr": 0.1}),
+    "affinity lr x 3": (STRONG, {"affinity_lr": 3.0}),
+    "overlap": ({**STRONG, "weigh_overlap": True}, {"crops": {"return_boxes": True}}),
+    "cosine, overlap": ({**STRONG, **COSINE, "weigh_overlap": True}, {"crops": {"return_boxes": True}}),
+    "paper": ({"preset": "paper"}, {}),
+    "release": ({"preset": "release"}, {}),
+    "sum": ({"affinity": None, "reduction": "sum"}, {}),
+    "lr x 5": ({"affinity": None}, {"lr": 5.0}),  # "sum" makes the loss 5 times as large
+    "2 crops, equal compute, lr x 5": (None, {"crops": TWO_CROPS, "compute": True, "lr": 5.0}),
+    # Controls of the choice of the learning rate.
+    "multi-crop, lr x 2": ({"affinity": None}, {"lr": 2.0}),
+    "LoGo, lr x 2": ({"local_weight": 1e-4}, {"lr": 2.0}),
+    "release, lr x 2": ({"preset": "release"}, {"lr": 2.0}),
+    "2 crops, equal compute, lr x 0.5": (None, {"crops": TWO_CROPS, "compute": True, "lr": 0.5}),
+    "2 crops, equal compute, lr x 2": (None, {"crops": TWO_CROPS, "compute": True, "lr": 2.0}),
+    "global scale 0.2-1": ({"affinity": None}, {"crops": {"global_scale": (0.2, 1.0)}}),
+    "local predictor": ({"affinity": None, "local_predictor": True}, {}),
+    "local predictor, ratio 0.1": ({**STRONG, "local_predictor": True}, {}),
+    "averaged targets": ({"affinity": None, "average_targets": True}, {}),
+}
+
+# Dose and response, of three affinities at the projections and two at the backbone's features.
+for ratio in (0.005, 0.015, 0.05, 0.1, 0.3):
+    dose = {"gradient_ratio": ratio}
+    if ratio != 0.1:  # STRONG: above
+        ARMS[f"cosine, ratio {ratio:g}"] = ({**dose, **COSINE}, {})
+        ARMS[f"layer norm, ratio {ratio:g}"] = ({**dose, **LAYER}, {})
+    ARMS[f"backbone, ratio {ratio:g}"] = ({**dose, **AT_BACKBONE, "affinity": partial(Affinity, 128)}, {})
+    ARMS[f"backbone cosine, ratio {ratio:g}"] = ({**dose, **AT_BACKBONE, **COSINE}, {})
+
+# Without repulsion: how many local crops, how small, and whose predictor. MULAN (arXiv 2602.05845) weighs
+# mean(global) + mean(local), which is the sum over 2 + 2 crops' four local-global pairs at a quarter each.
+MULAN = {"affinity": None, "local_predictor": True, "reduction": "sum", "local_global_weight": 0.25}
+ARMS |= {
+    "local predictor, own start": ({"affinity": None, "local_predictor": True}, {"reinitialise": True}),
+    "MULAN": (MULAN, {"reinitialise": True}),
+    "MULAN's weights": ({"affinity": None, "reduction": "sum", "local_global_weight": 0.25}, {}),
+    "4 local crops, equal compute": ({"affinity": None}, {"crops": {"local_crops": 4}, "compute": True}),
+    "6 local crops, equal compute": ({"affinity": None}, {"crops": {"local_crops": 6}, "compute": True}),
+}
+for scale in ((0.15, 0.4), (0.08, 0.25), (0.05, 0.25), (0.05, 0.4)):
+    ARMS[f"local scale {scale[0]:g}-{scale[1]:g}"] = ({"affinity": None}, {"crops": {"local_scale": scale}})
+
+
+def cost(method, arm, crops):
+    """What an epoch costs, in epochs of the two global crops: passes of the network, weighted by the crops' pixels.
+
+    `crops` are the data set's options of MultiCropCollate. Making the crops is left out, which a GPU's
+    user has workers for: the runs' CPU seconds have it in them.
+    """
+    options = crops | ARMS[arm][1].get("crops", {})
+    pixels = (options["local_size"] / options["global_size"]) ** 2
+    return 1 + options.get("local_crops", 2) * LOCAL_PASSES * pixels / GLOBAL_PASSES[method]
+
+
+def epochs_of(method, arm, epochs, crops):
+    """How long an arm trains where multi-crop 2 + 2 trains for `epochs`."""
+    run = ARMS[arm][1]
+    if not run.get("compute"):
+        return round(epochs * run.get("longer", 1))
+    return round(epochs * cost(method, "multi-crop", crops) / cost(method, arm, crops))
