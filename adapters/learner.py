@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logo_plugin.affinity import Affinity, full_precision
-from logo_plugin.checks import choice, positive_integer
+from logo_plugin.checks import choice, flag, positive_integer
 from logo_plugin.losses import LoGoLoss, LoGoTerms, info_nce
 from logo_plugin.modes import eval_mode
 from logo_plugin.recomputing import local_forwards
@@ -90,13 +90,10 @@ class LoGoLearner(nn.Module):
         width, simsiam, moco = chosen["output_dim"], method == "simsiam", method == "moco"
         self.momentum, self.temperature = (chosen.get(name, 1.0) for name in ("momentum", "temperature"))
         self.backbone, self.global_crops = backbone, global_crops
-        for name, value in (
-            ("checkpoint_local_crops", checkpoint_local_crops),
-            ("local_running_stats", local_running_stats),
-        ):
-            if not isinstance(value, bool):
-                raise ValueError(f"{name} must be True or False, got {value!r}.")
-        self._local_forwards = {"checkpoint": checkpoint_local_crops, "running_stats": local_running_stats}
+        self._local_forwards = {
+            "checkpoint": flag("checkpoint_local_crops", checkpoint_local_crops),
+            "running_stats": flag("local_running_stats", local_running_stats),
+        }
         dims = [_features(backbone, image_size), *[chosen["hidden_dim"]] * (1 + simsiam), width]
         self.projector = _mlp(dims, norm=not moco, norm_last=simsiam)
         self.predictor = nn.Identity() if moco else _mlp([width, chosen["predictor_dim"], width])

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from logo_plugin.checks import choice
+from logo_plugin.checks import choice, flag
 from logo_plugin.crops import MultiCropTransform
 from logo_plugin.diagnostics import diagnose
 from logo_plugin.losses import LoGoLoss, LoGoTerms
@@ -82,8 +82,7 @@ class LoGoMonitor(_Callback):
                 expected = "a positive integer" + (" or None" if name in optional else "")
                 raise ValueError(f"{name} must be {expected}, got {value!r}.")
         choice("nonfinite", nonfinite, ("warn", "raise", "ignore"))
-        if not isinstance(warn_collapse, bool):
-            raise ValueError(f"warn_collapse must be True or False, got {warn_collapse!r}.")
+        flag("warn_collapse", warn_collapse)
         self.every_n_steps, self.crops_every_n_epochs, self.images = every_n_steps, crops_every_n_epochs, images
         self.nonfinite, self.warn_collapse = nonfinite, warn_collapse
         self._measured = self._step = 0

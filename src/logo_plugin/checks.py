@@ -89,3 +89,10 @@ def positive_integer(name: str, value: int, *, least: int = 1) -> int:
         expected = "a positive integer" if least == 1 else f"an integer >= {least}"
         raise ValueError(f"{name} must be {expected}, got {value!r}.")
     return value
+
+
+def flag(name: str, value: bool) -> bool:
+    """The value if it is True or False, else ValueError."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
+    return value

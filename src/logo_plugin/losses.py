@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from logo_plugin.affinity import full_precision
 from logo_plugin.affinity_terms import affinity_loss, affinity_terms, local_local_loss
-from logo_plugin.checks import Views, as_views, same_shape, shapes
+from logo_plugin.checks import Views, as_views, flag, same_shape, shapes
 from logo_plugin.checks import choice as _choice
 from logo_plugin.checks import weight as _weight
 from logo_plugin.presets import PRESETS, with_preset
@@ -123,9 +123,7 @@ class LoGoLoss(nn.Module):
         self.positive_noise = _weight("positive_noise", positive_noise)
         self.repulsion = _choice("repulsion", repulsion, ("softplus", "logit"))
         self.reduction = _choice("reduction", reduction, ("pairs", "sum"))
-        if not isinstance(average_targets, bool):
-            raise ValueError(f"average_targets must be True or False, got {average_targets!r}.")
-        self.average_targets = average_targets
+        self.average_targets = flag("average_targets", average_targets)
 
     @classmethod
     def paper(cls, **options: Any) -> "LoGoLoss":

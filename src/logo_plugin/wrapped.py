@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from logo_plugin.affinity import Affinity
+from logo_plugin.checks import flag, positive_integer
 from logo_plugin.losses import LoGoLoss, LoGoTerms, with_preset
 from logo_plugin.observing import Observed, read, watch
 from logo_plugin.online import Heads, Method, Names, Outputs, Source, composed, find_heads, width
@@ -226,9 +227,8 @@ def resolve(model: nn.Module, criterion: str | nn.Module | None) -> nn.Module:
 
 
 def _check(settings: Settings) -> None:
-    count = settings.global_crops
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 2):
-        raise ValueError(f"global_crops must be an integer >= 2, got {count!r}.")
+    if settings.global_crops is not None:
+        positive_integer("global_crops", settings.global_crops, least=2)
     for option in (
         "concat_local_crops",
         "checkpoint_local_crops",
@@ -236,8 +236,7 @@ def _check(settings: Settings) -> None:
         "weigh_overlap",
         "local_predictor",
     ):
-        if not isinstance(getattr(settings, option), bool):
-            raise ValueError(f"{option} must be True or False, got {getattr(settings, option)!r}.")
+        flag(option, getattr(settings, option))
     if not isinstance(settings.projector, (str, type(None))):
         raise ValueError(f"projector must be the name of an attribute, got {settings.projector!r}.")
     for option in ("online", "target"):
