@@ -14,8 +14,8 @@ share the runs: a run is locked while a process is at it.
 --dataset cifar10 (the default) has crops of 32 and 32 px, imagenette (at 96 px) of 64 and 32 px; collages are 64 px
 scenes of four CIFAR-10 images, crops of 48 and 24 px, judged by other images of CIFAR-10. --data is a folder for
 torchvision's CIFAR10 and Imagenette (size "160px"), downloaded if missing, or one with their images in npz archives.
---tune trains on one half of the training images and judges on the other, to choose a learning rate (several --lr) by;
---rates takes what was chosen, {method: {arm: lr}}; an arm that is not listed has multi-crop's, a method --lr.
+--validate keeps a fifth of the training images out, to choose the learning rate of an arm by, of several --lr
+(accuracy_report.py does it); the test images choose nothing.
 --methods moco is lightly's example, moco-both has each crop as query and key, as solo-learn's MoCo v2+.
 --precision bf16-mixed is 1.6 times as fast on a CPU with AVX512-BF16. Needs pip install '.[benchmarks]'.
 
@@ -39,21 +39,21 @@ from filelock import FileLock, Timeout
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from accuracy_arms import ARMS, cost, epochs_of
-from accuracy_data import DATASETS, first_per_class, halves, other_sets
+from accuracy_data import DATASETS, fifths, first_per_class, other_sets
 from accuracy_evaluation import evaluate
 from accuracy_training import METHODS, fit
 
 DEFAULT = ["2 crops", "2 crops, equal compute", "multi-crop", "LoGo"]
-SELECTION = ("methods", "arms", "seeds", "data", "output", "every", "workers", "known", "rates", "lr", "epochs")
+SELECTION = ("methods", "arms", "seeds", "data", "output", "every", "workers", "known", "lr", "epochs")
 
 
 def train_run(method, arm, seed, options):
     """One run, or what is left of it. Gives "ran", "there" if it was done before, "busy" if another is at it."""
-    name = f"{method}-{arm}-{options.epochs}-s{seed}" + (f"-lr{options.lr:g}" if options.tune else "")
+    name = f"{method}-{arm}-{options.epochs}-s{seed}-lr{options.lr:g}"
     name = name.replace(" ", "_").replace(",", "")
     path, folder = options.output / f"{name}.json", options.output / name
     key = {"method": method, "arm": arm, "seed": seed, "lr": options.lr, "epochs": options.epochs}
-    if path.exists() or any(known == {name: key[name] for name in known} for known in options.known):
+    if path.exists() or key in options.known:
         return "there"
     try:
         with FileLock(options.output / f"{name}.lock", timeout=0):
@@ -71,12 +71,11 @@ def train_run(method, arm, seed, options):
 
 def run(method, arm, seed, options, folder):
     setting = DATASETS[options.dataset]
-    train, test, others, scenes = load(options.dataset, options.data, options.subset, options.tune)
+    train, validation, test, others, scenes = load(options.dataset, options.data, options.subset, options.validate)
     epochs = epochs_of(method, arm, options.epochs, setting.crops)
     images = scenes[0] if scenes else train
     model, noted = fit(method, arm, seed, options, epochs, setting, images, train, test, folder)
-    if not options.tune:
-        torch.save(model.state_dict(), folder / "weights.pt")
+    torch.save(model.state_dict(), folder / "weights.pt")
     return {
         "epochs": epochs,
         "cost": cost(method, arm, setting.crops),
@@ -84,7 +83,7 @@ def run(method, arm, seed, options, folder):
         "curve": noted["knn"],
         "seconds_per_step": sorted(noted["seconds"])[len(noted["seconds"]) // 2],
         "cpu_seconds": noted["cpu_seconds"],
-        "final": evaluate(model, setting, train, test, others, scenes),
+        "final": evaluate(model, setting, train, validation, test, others, scenes),
         "loss": repr(getattr(model, "logo", None)),
         "setting": {
             **{k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in SELECTION},
@@ -98,17 +97,16 @@ def run(method, arm, seed, options, folder):
 
 
 @cache
-def load(dataset, folder, subset, tune):
-    """(images, labels) to know and to be asked for, other such pairs by name, and scenes to learn from and to ask."""
+def load(dataset, folder, subset, validate):
+    """(images, labels) to know, to choose by (or None) and to judge by; other pairs by name; scenes to learn, ask."""
     setting = DATASETS[dataset]
     train = setting.read(folder, train=True)
     scenes = [setting.scenes(folder, train=part) for part in (True, False)] if setting.scenes else None
-    if tune:
-        return *halves(train), {}, scenes
     if subset:
         chosen = first_per_class(train[1], subset)
         train = train[0][chosen], train[1][chosen]
-    return train, setting.read(folder, train=False), other_sets(dataset, folder), scenes
+    train, validation = fifths(train) if validate else (train, None)
+    return train, validation, setting.read(folder, train=False), other_sets(dataset, folder), scenes
 
 
 def runs(options):
@@ -116,9 +114,7 @@ def runs(options):
     for seed in options.seeds:
         for arm in ARMS if "all" in options.arms else options.arms:
             for method in options.methods:
-                rates = options.rates.get(method, {})
-                rate = rates.get(arm, rates.get("multi-crop"))
-                for lr in options.lr if rate is None else [rate]:
+                for lr in options.lr:
                     chosen = copy(options)
                     chosen.lr = lr
                     yield method, arm, seed, chosen
@@ -140,11 +136,10 @@ def parse(arguments=None):
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=200, help="of multi-crop 2 + 2 where compute is equal")
     parser.add_argument("--subset", type=int, help="this many training images, balanced (default: all)")
-    parser.add_argument("--tune", action="store_true", help="one half of the training images, judged on the other")
+    parser.add_argument("--validate", action="store_true", help="keep a fifth of the training images to choose --lr by")
     parser.add_argument("--backbone", default="resnet18", help="tiny, or a timm ResNet")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, nargs="+", default=[0.06])
-    parser.add_argument("--rates", type=Path, help="JSON file {method: {arm: lr}}, in place of --lr")
     parser.add_argument("--queue", type=int, default=4096, help="MoCo's memory bank")
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), help="default: bf16-mixed on a GPU")
     parser.add_argument("--every", type=int, default=4, help="epochs between k-NN measurements")
@@ -152,10 +147,9 @@ def parse(arguments=None):
     parser.add_argument("--output", type=Path, default=Path("accuracy_runs"))
     parser.add_argument("--known", type=Path, help="JSON file of accuracy_report.py, whose runs are not repeated")
     options = parser.parse_args(arguments)
-    if len(options.lr) > 1 and not options.tune:
-        parser.error("several --lr are for --tune: they would be chosen by the test images")
+    if len(options.lr) > 1 and not options.validate:
+        parser.error("several --lr want --validate: they would be chosen by the test images")
     options.known = known(options.known)
-    options.rates = json.loads(options.rates.read_text()) if options.rates else {}
     options.cuda = torch.cuda.is_available()
     options.precision = options.precision or ("bf16-mixed" if options.cuda else "32-true")
     options.output.mkdir(parents=True, exist_ok=True)
@@ -163,10 +157,12 @@ def parse(arguments=None):
 
 
 def known(path):
-    """What tells the runs of a JSON file apart: the learning rate of the tuned ones, too."""
-    names = ("method", "arm", "seed")
-    found = json.loads(path.read_text()) if path else []
-    return [{k: record[k] for k in (*names, *(["lr"] if record["setting"].get("tune") else []))} for record in found]
+    """What tells the runs of a JSON file apart."""
+    names = ("method", "arm", "seed", "lr")
+    return [
+        {name: record.get(name) for name in names} | {"epochs": record["setting"].get("schedule")}
+        for record in (json.loads(path.read_text()) if path else [])
+    ]
 
 
 def prepare():

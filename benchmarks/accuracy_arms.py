@@ -77,12 +77,6 @@ ARMS |= {
     "sum": ({"affinity": None, "reduction": "sum"}, {}),
     "lr x 5": ({"affinity": None}, {"lr": 5.0}),  # "sum" makes the loss 5 times as large
     "2 crops, equal compute, lr x 5": (None, {"crops": TWO_CROPS, "compute": True, "lr": 5.0}),
-    # Controls of the choice of the learning rate.
-    "multi-crop, lr x 2": ({"affinity": None}, {"lr": 2.0}),
-    "LoGo, lr x 2": ({"local_weight": 1e-4}, {"lr": 2.0}),
-    "release, lr x 2": ({"preset": "release"}, {"lr": 2.0}),
-    "2 crops, equal compute, lr x 0.5": (None, {"crops": TWO_CROPS, "compute": True, "lr": 0.5}),
-    "2 crops, equal compute, lr x 2": (None, {"crops": TWO_CROPS, "compute": True, "lr": 2.0}),
     "global scale 0.2-1": ({"affinity": None}, {"crops": {"global_scale": (0.2, 1.0)}}),
     "local predictor": ({"affinity": None, "local_predictor": True}, {}),
     "local predictor, ratio 0.1": ({**STRONG, "local_predictor": True}, {}),

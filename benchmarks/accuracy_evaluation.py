@@ -15,11 +15,13 @@ from sklearn.preprocessing import StandardScaler
 from logo_plugin import MultiCropCollate
 
 
-def evaluate(model, setting, train, test, others, scenes):
+def evaluate(model, setting, train, validation, test, others, scenes):
     banks = [features(model, setting, *part) for part in (train, test)]
     tenth = first_per_class(train[1], len(train[1]) // 10)
     found = {"knn": knn(*banks, k=setting.neighbours), "linear": linear(*banks)}
     found["linear_10_percent"] = linear(tuple(part[tenth] for part in banks[0]), banks[1])
+    if validation:
+        found["validation_knn"] = knn(banks[0], features(model, setting, *validation), k=setting.neighbours)
     for name, parts in others.items():
         pair = [features(model, setting, *part) for part in parts]
         found[f"{name}_knn"], found[f"{name}_linear"] = knn(*pair, k=20), linear(*pair)
