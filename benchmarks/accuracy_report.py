@@ -2,11 +2,13 @@
 
     python benchmarks/accuracy_report.py accuracy_runs --json benchmarks/results/accuracy_small.json
     python benchmarks/accuracy_report.py benchmarks/results/accuracy_small.json --figures docs
-    python benchmarks/accuracy_report.py benchmarks/results/imagenette_30.json --into docs/results.md --figures docs
+    python benchmarks/accuracy_report.py benchmarks/results/imagenette_11.json --into docs/results.md --figures docs
 
-Takes folders of runs and JSON files made of them, of one setting per data set; a later one replaces equal runs.
-Values are means over seeds; the plus-minus is the half width of the 95 % confidence interval (Student's t), from 3
-seeds on. Differences are paired by seed. Seconds per step are the fastest seed's: the others shared their machine.
+Takes folders of runs and JSON files made of them; a later one replaces equal runs. Of several learning rates an arm has
+the one with the best k-NN on the images that --validate kept, by the mean over the seeds; the others are in a table of
+their own. Values are means over seeds; the plus-minus is the half width of the 95 % confidence interval (Student's t),
+from 3 seeds on. Differences are paired by seed. Seconds per step are the fastest seed's: the others shared their
+machine.
 """
 
 import argparse
@@ -26,14 +28,10 @@ import matplotlib.pyplot as plt
 COLOURS = {
     "2 crops": "#b0b0b0",
     "2 crops, equal compute": "#000000",
-    "2 crops, equal compute, lr x 2": "#555555",
     "2 crops, equal seconds": "#707070",
     "multi-crop": "#1f77b4",
-    "multi-crop, lr x 2": "#17becf",
     "LoGo": "#d62728",
-    "LoGo, lr x 2": "#e377c2",
     "release": "#ff7f0e",
-    "release, lr x 2": "#bcbd22",
 }
 MAIN = tuple(COLOURS)
 PAIRS = (
@@ -41,12 +39,8 @@ PAIRS = (
     ("multi-crop", "2 crops, equal seconds"),
     ("LoGo", "2 crops, equal compute"),
     ("LoGo", "multi-crop"),
+    ("release", "2 crops, equal compute"),
     ("release", "multi-crop"),
-    ("multi-crop, lr x 2", "multi-crop"),
-    ("multi-crop, lr x 2", "2 crops, equal compute"),
-    ("multi-crop, lr x 2", "2 crops, equal compute, lr x 2"),
-    ("LoGo, lr x 2", "multi-crop, lr x 2"),
-    ("release, lr x 2", "multi-crop, lr x 2"),
 )
 QUALITY = (
     "knn",
@@ -93,14 +87,41 @@ DOSES = {
 
 
 def read(paths):
-    """{data set: {(method, arm): {seed: record}}}"""
-    found = defaultdict(lambda: defaultdict(dict))
+    """{data set and schedule: {(method, arm): {learning rate: {seed: record}}}}"""
+    found = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for path in paths:
         parts = [f"[{file.read_text()}]" for file in sorted(path.glob("*.json"))] or [path.read_text()]
         for record in (record for part in parts for record in json.loads(part)):
-            dataset = record["setting"].get("dataset", "cifar10")
-            found[dataset][record["method"], record["arm"]][record["seed"]] = record
-    return {dataset: dict(runs) for dataset, runs in found.items()}
+            setting = record["setting"]
+            name = f"{setting.get('dataset', 'cifar10')} {setting.get('schedule', '')}".strip()
+            found[name][record["method"], record["arm"]][record.get("lr")][record["seed"]] = record
+    return {name: dict(runs) for name, runs in found.items()}
+
+
+def chosen(runs):
+    """{(method, arm): {seed: record}} at the learning rate that validates best, of those with the most seeds."""
+    return {key: max(rates.values(), key=lambda of: (len(of), validation(of))) for key, rates in runs.items()}
+
+
+def validation(of_seeds):
+    values = [record["final"].get("validation_knn", 0.0) for record in of_seeds.values()]
+    return sum(values) / len(values)
+
+
+def rates(runs):
+    """k-NN at every learning rate, on the images to choose by and on the test images, with the number of seeds."""
+    columns = sorted({lr for of_rates in runs.values() for lr in of_rates})
+    rows = []
+    for (method, arm), of_rates in runs.items():
+        if len(of_rates) > 1:
+            cells = [
+                f"{validation(of):.1f} / {interval([r['final']['knn'] for r in of.values()])[0]:.1f} ({len(of)})"
+                if of
+                else ""
+                for of in map(of_rates.get, columns)
+            ]
+            rows.append([method, arm, *cells])
+    return markdown(["method", "arm", *map(str, columns)], rows)
 
 
 def interval(values):
@@ -280,13 +301,18 @@ def main():
     parser.add_argument("--figures", type=Path, help="folder for accuracy_*.png")
     parser.add_argument("--into", type=Path, help="document with marks such as <!-- imagenette main -->, to fill")
     options = parser.parse_args()
-    everything = read(options.runs)
-    records = [r for runs in everything.values() for of_seeds in runs.values() for r in of_seeds.values()]
+    swept = read(options.runs)
+    everything = {name: chosen(runs) for name, runs in swept.items()}
+    sweeps = [of_rates for runs in swept.values() for of_rates in runs.values()]
+    records = [r for of_rates in sweeps for of_seeds in of_rates.values() for r in of_seeds.values()]
     if options.json:
         options.json.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
     if options.figures and len(everything) > 1:
+        first = next(iter(everything))
         panels = [
-            (f"{dataset}, {next(iter(runs))[0]}", runs, next(iter(runs))[0]) for dataset, runs in everything.items()
+            (f"{dataset.split()[0]}, {method}", runs, method)
+            for dataset, runs in everything.items()
+            for method in list(dict.fromkeys(method for method, _ in runs))[: None if dataset == first else 1]
         ]
         draw_curves(panels, options.figures / "accuracy_curves.png")
     for dataset, runs in everything.items():
@@ -295,20 +321,20 @@ def main():
             f"{dataset} main": table(runs, ("lr", *QUALITY, "s per step", "cpu_seconds")),
             f"{dataset} mechanism": table(runs, MECHANISM),
             f"{dataset} differences": comparisons(runs, QUALITY),
+            f"{dataset} rates": rates(swept[dataset]),
         }
         text |= {f"{dataset} {method} factors": factors(runs, method, "multi-crop") for method in methods}
         for name, content in text.items():
             print(f"{name}\n\n{content}")
         if options.into:
             put(text, options.into)
+        file = dataset.replace(" ", "_")
         if options.figures:
-            draw_curves(
-                [(method, runs, method) for method in methods], options.figures / f"accuracy_curves_{dataset}.png"
-            )
+            draw_curves([(method, runs, method) for method in methods], options.figures / f"accuracy_curves_{file}.png")
             most = max(methods, key=lambda method: sum(of == method for of, _ in runs))
-            draw_factors(runs, most, "multi-crop", options.figures / f"accuracy_factors_{dataset}.png")
+            draw_factors(runs, most, "multi-crop", options.figures / f"accuracy_factors_{file}.png")
             if any("lr" in r for of_seeds in runs.values() for r in of_seeds.values()):
-                draw_doses(runs, methods, options.figures / f"accuracy_doses_{dataset}.png")
+                draw_doses(runs, methods, options.figures / f"accuracy_doses_{file}.png")
 
 
 if __name__ == "__main__":
