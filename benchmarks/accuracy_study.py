@@ -36,8 +36,10 @@ PREDICTORLESS = [arm for arm in ONE_FACTOR if "predictor" not in arm and arm != 
 CHOSEN, CHOOSING = 11, (0, 1, 2)  # the epochs and the seeds that choose the rates
 # (data set, method, arms, seeds, epochs), the most wanted first
 STAGES = [
-    ("imagenette", "byol", MAIN, [0, 1, 2, 3, 4], 11),
-    ("imagenette", "moco-both", MAIN, [0, 1, 2, 3, 4], 11),
+    ("imagenette", "byol", MAIN[:3], [0, 1, 2, 3, 4], 11),
+    ("imagenette", "moco-both", MAIN[:3], [0, 1, 2, 3, 4], 11),
+    ("imagenette", "byol", MAIN[3:], [0, 1, 2, 3, 4], 11),
+    ("imagenette", "moco-both", MAIN[3:], [0, 1, 2, 3, 4], 11),
     ("imagenette", "byol", ["2 crops, equal seconds"], [0, 1, 2], 11),
     ("imagenette", "byol", MAIN, [0, 1, 2], 60),
     ("imagenette", "simsiam", MAIN, [0, 1, 2], 11),
