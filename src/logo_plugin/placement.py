@@ -30,7 +30,7 @@ def placed(recipes: Sequence[Recipe], global_crops: int, placement: str, width: 
         return list(recipes)
     boxes = [recipe.box for recipe in recipes]
     large, small = boxes[:global_crops], boxes[global_crops:]
-    moved = _inside(small, large) if placement == "inside" else _apart(small, (0, 0, width, height))
+    moved = _inside(small, large) if placement == "inside" else _apart(small, width, height)
     return [recipe._replace(box=box) for recipe, box in zip(recipes, large + moved, strict=True)]
 
 
@@ -45,32 +45,28 @@ def _inside(boxes: Sequence[Box], large: Sequence[Box]) -> list[Box]:
             w, h = most_w, min(most_h, round(w * h / most_w))
         elif h > most_h:
             w, h = min(most_w, round(w * h / most_h)), most_h
-        moved.append(_at(w, h, around, u))
+        left = around[0] + int(u[0] * (most_w - w + 1))
+        top = around[1] + int(u[1] * (most_h - h + 1))
+        moved.append((left, top, left + w, top + h))
     return moved
 
 
-def _apart(boxes: Sequence[Box], image: Box) -> list[Box]:
+def _apart(boxes: Sequence[Box], width: int, height: int) -> list[Box]:
     """Each in turn where it covers the fewest pixels of the others: its own place or one of nine."""
     moved = list(boxes)
     for i, places in enumerate(torch.rand(len(boxes), _PLACES - 1, 2).tolist()):
         others = moved[:i] + moved[i + 1 :]
-        left, top, right, bottom = moved[i]
+        w, h = moved[i][2] - moved[i][0], moved[i][3] - moved[i][1]
         least = _covered(moved[i], others)
-        for u in places:
+        for u, v in places:
             if not least:
                 break
-            box = _at(right - left, bottom - top, image, u)
+            left, top = int(u * (width - w + 1)), int(v * (height - h + 1))
+            box = left, top, left + w, top + h
             covered = _covered(box, others)
             if covered < least:
                 moved[i], least = box, covered
     return moved
-
-
-def _at(w: int, h: int, around: Box, u: Sequence[float]) -> Box:
-    """A box of that size in another one, at the place that two uniform numbers say."""
-    left = around[0] + int(u[0] * (around[2] - around[0] - w + 1))
-    top = around[1] + int(u[1] * (around[3] - around[1] - h + 1))
-    return left, top, left + w, top + h
 
 
 def _covered(box: Box, others: Sequence[Box]) -> int:
