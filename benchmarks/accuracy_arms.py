@@ -57,7 +57,9 @@ for ratio in (0.005, 0.015, 0.05, 0.3):
 STRONG = {"gradient_ratio": 0.1}
 COSINE = {"affinity": CosineAffinity, "repulsion": "logit"}
 LAYER = {"affinity": partial(Affinity, 128, norm="layer")}
-AT_BACKBONE = {"projector": "backbone"}  # the tiny network's features are 128 wide, too
+# The tiny network's features are 128 wide, too. MoCo has no predictor, so with another module than its projection head
+# named as the projector LoGo must be told what makes its predictions; for BYOL, which has one, it changes nothing.
+AT_BACKBONE = {"projector": "backbone", "online": "forward"}
 ARMS |= {
     "difference": ({**STRONG, "affinity_loss": "difference"}, {}),
     "layer norm": ({**STRONG, **LAYER}, {}),
