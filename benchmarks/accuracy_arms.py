@@ -57,7 +57,9 @@ for ratio in (0.005, 0.015, 0.05, 0.3):
 STRONG = {"gradient_ratio": 0.1}
 COSINE = {"affinity": CosineAffinity, "repulsion": "logit"}
 LAYER = {"affinity": partial(Affinity, 128, norm="layer")}
-AT_BACKBONE = {"projector": "backbone"}  # the tiny network's features are 128 wide, too
+# The tiny network's features are 128 wide, too. MoCo has no predictor, so with another module than its projection head
+# named as the projector LoGo must be told what makes its predictions; for BYOL, which has one, it changes nothing.
+AT_BACKBONE = {"projector": "backbone", "online": "forward"}
 ARMS |= {
     "difference": ({**STRONG, "affinity_loss": "difference"}, {}),
     "layer norm": ({**STRONG, **LAYER}, {}),
@@ -83,7 +85,7 @@ ARMS |= {
     "averaged targets": ({"affinity": None, "average_targets": True}, {}),
 }
 
-# Dose and response, of three affinities at the projections and two at the backbone's features.
+# Dose and response, of three affinities at the projections and at the backbone's features.
 for ratio in (0.005, 0.015, 0.05, 0.1, 0.3):
     dose = {"gradient_ratio": ratio}
     if ratio != 0.1:  # STRONG: above
@@ -91,6 +93,7 @@ for ratio in (0.005, 0.015, 0.05, 0.1, 0.3):
         ARMS[f"layer norm, ratio {ratio:g}"] = ({**dose, **LAYER}, {})
     ARMS[f"backbone, ratio {ratio:g}"] = ({**dose, **AT_BACKBONE, "affinity": partial(Affinity, 128)}, {})
     ARMS[f"backbone cosine, ratio {ratio:g}"] = ({**dose, **AT_BACKBONE, **COSINE}, {})
+    ARMS[f"backbone layer norm, ratio {ratio:g}"] = ({**dose, **AT_BACKBONE, **LAYER}, {})
 
 # Without repulsion: how many local crops, how small, and whose predictor. MULAN (arXiv 2602.05845) weighs
 # mean(global) + mean(local), which is the sum over 2 + 2 crops' four local-global pairs at a quarter each.
@@ -104,6 +107,14 @@ ARMS |= {
 }
 for scale in ((0.15, 0.4), (0.08, 0.25), (0.05, 0.25), (0.05, 0.4)):
     ARMS[f"local scale {scale[0]:g}-{scale[1]:g}"] = ({"affinity": None}, {"crops": {"local_scale": scale}})
+
+# Where local crops lie.
+APART = {"crops": {"local_placement": "apart"}}
+ARMS |= {
+    "local inside global": ({"affinity": None}, {"crops": {"local_placement": "inside"}}),
+    "local apart": ({"affinity": None}, APART),
+    "cosine, local apart": ({**STRONG, **COSINE}, APART),
+}
 
 
 def cost(method, arm, crops):

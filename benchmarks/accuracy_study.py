@@ -32,6 +32,10 @@ ONE_FACTOR = [
     *("4 local crops, equal compute", "6 local crops, equal compute", "averaged targets"),
     *("local scale 0.08-0.25", "local scale 0.05-0.4"),
     *("backbone cosine, ratio 0.1", "backbone, ratio 0.1", "cosine, overlap", "attraction"),
+    *("local inside global", "local apart", "cosine, local apart"),
+    *(f"backbone, ratio {ratio}" for ratio in (0.005, 0.015, 0.05, 0.3)),
+    *(f"backbone cosine, ratio {ratio}" for ratio in (0.005, 0.015, 0.05, 0.3)),
+    *(f"backbone layer norm, ratio {ratio}" for ratio in (0.005, 0.015, 0.05, 0.1, 0.3)),
 ]
 PREDICTORLESS = [arm for arm in ONE_FACTOR if "predictor" not in arm and arm != "MULAN"]
 CHOSEN, CHOOSING = 11, (0, 1, 2)  # the epochs and the seeds that choose the rates

@@ -419,6 +419,8 @@ def test_samples_of_another_kind_are_an_error_even_when_skipping(samples, match)
         ("global_scale", (0.4, 1.1), "0 < low <= high <= 1"),
         ("local_scale", (0.4, 0.05), "0 < low <= high <= 1"),
         ("local_scale", 0.4, "0 < low <= high <= 1"),
+        ("local_placement", "centre", r"one of \('anywhere', 'inside', 'apart'\)"),
+        ("local_placement", None, r"one of \('anywhere', 'inside', 'apart'\)"),
         ("ratio", (0.75,), "0 < low <= high"),
         ("blur_sigma", (0.0, 2.0), "0 < low <= high"),
         ("flip_p", 1.5, r"a probability in \[0, 1\]"),

@@ -156,6 +156,7 @@ CROP_OPTIONS = st.fixed_dictionaries(
         "solarize_p": st.one_of(st.floats(0, 1), numbers),
         "mean": st.one_of(st.tuples(*[st.floats(0, 1)] * 3), st.tuples(numbers, numbers)),
         "std": st.one_of(st.tuples(*[st.floats(0.01, 1)] * 3), st.tuples(numbers, numbers, numbers)),
+        "local_placement": st.sampled_from(["anywhere", "inside", "apart", "outside", 1]),
         "defer": st.sampled_from([None, "normalize", "augment", "gpu"]),
         "on_error": st.sampled_from(["raise", "skip", 0]),
         "return_boxes": st.sampled_from([True, False, 2]),

@@ -615,8 +615,9 @@ def test_scripts_of_the_clone(tmp_path):
     run(*pretrain, "max_epochs=2", f"+resume_from_checkpoint='{first}'")
     (second,) = tmp_path.glob("ck/logo_simsiam/*/*ep=1.ckpt")
     fast = [*pretrain, "+method_kwargs.logo.fast_crops=true", "+method_kwargs.logo.weigh_overlap=true"]
+    fast += ["+method_kwargs.logo.local_placement=apart"]
     run(*fast, "max_epochs=1", "data.num_workers=1")
-    assert list(tmp_path.glob("ck/logo_simsiam/*/*-fast-iou-*ep=0.ckpt"))
+    assert list(tmp_path.glob("ck/logo_simsiam/*/*-fast-iou-apart-*ep=0.ckpt"))
     assert torch.load(second)["global_step"] == 2 * torch.load(first)["global_step"] == 10
     linear = [f"{ROOT}/main_linear.py", "--config-path", f"{ROOT}/scripts/linear/imagenet-100", "--config-name"]
     run(*linear, "simsiam", *common, "max_epochs=1", f"pretrained_feature_extractor='{second}'")

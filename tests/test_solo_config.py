@@ -11,7 +11,7 @@ import torch
 from photos import tiles
 from solo_clone import CONF, HIDDEN_PROJECTION, MARKS, METHODS, ROOT, batch, build, compose, config, import_solo
 
-from logo_plugin import LoGoLoss
+from logo_plugin import LoGoLoss, crop_overlap
 from logo_plugin.losses import PRESETS
 
 pytestmark = MARKS
@@ -32,6 +32,10 @@ pytestmark = MARKS
         ({"local_weight": -1.0}, r"method_kwargs\.logo: local_weight must be a finite number >= 0"),
         ({"local_weight": 0.1, "gradient_ratio": 0.1}, "not both"),
         ({"reduction": "mean"}, "reduction must be one of"),
+        (
+            {"local_placement": "centre", "fast_crops": True},
+            r"logo\.local_placement must be one of \('anywhere', 'inside', 'apart'\), got 'centre'",
+        ),
         ({"affinity_hidden_dim": 0}, r"logo\.affinity_hidden_dim must be a positive integer, got 0"),
         ({"affinity_hidden_dim": True}, r"logo\.affinity_hidden_dim must be a positive integer, got True"),
         ({"affinity_norm": "group"}, r"logo\.affinity_norm must be \"batch\" or \"layer\", got 'group'"),
@@ -107,6 +111,8 @@ def checked(cfg):
         ({"local_running_stats": False, "checkpoint_local_crops": True}, "run-logo-lambda0.0001-nolstats"),
         ({"local_global_weight": 0.25, "positive_noise": 0.0}, "run-logo-lambda0.0001-lg0.25-noise0"),
         ({"fast_crops": True, "weigh_overlap": True}, "run-logo-lambda0.0001-fast-iou"),
+        ({"fast_crops": True, "local_placement": "inside"}, "run-logo-lambda0.0001-fast-inside"),
+        ({"fast_crops": True, "local_placement": "anywhere"}, "run-logo-lambda0.0001-fast"),
         ({"affinity_loss": "difference"}, "run-logo-lambda0.0001-difference"),
         ({"monitor": True}, "run-logo-lambda0.0001"),  # it changes nothing that resuming would mix up
     ],
@@ -282,6 +288,7 @@ def test_every_loss_option_is_a_config_option():
         "affinity_norm",
         "fast_crops",
         "weigh_overlap",
+        "local_placement",
         "local_predictor",
         "checkpoint_local_crops",
         "local_running_stats",
@@ -349,6 +356,39 @@ def test_fast_crops_refuse_what_they_cannot_do(changes, message):
     crops = [crop_config(**changes)]
     with pytest.raises(ValueError, match=message):
         adapter.FastCrops(crops, stock_pipeline(crops))
+
+
+def test_fast_crops_lie_where_they_should():
+    """Anywhere: each pipeline's own draw. Else as of one transform with all the crops, in the pipelines' order."""
+    _, adapter = import_solo()
+    crops = [crop_config(num_crops=1), crop_config(num_crops=1), crop_config(num_crops=6, crop_size=[32, 32])]
+    crops[2].rrc.update(crop_min_scale=0.05, crop_max_scale=0.4)
+    (image, _), *_ = tiles(1)
+    stock = stock_pipeline(crops)
+    usual = adapter.FastCrops(crops, stock, return_boxes=True)
+    torch.manual_seed(3)
+    *views, boxes = usual(image)
+    torch.manual_seed(3)
+    expected = [view for transform in usual.transforms for view in transform(image)]
+    assert all(torch.equal(view, other) for view, other in zip(views, expected, strict=True))
+    for placement in ("inside", "apart"):
+        torch.manual_seed(3)
+        *moved, of = adapter.FastCrops(crops, stock, return_boxes=True, local_placement=placement)(image)
+        assert torch.equal(of[:2], boxes[:2])
+        assert [torch.equal(a, b) for a, b in zip(moved[:2], views[:2], strict=True)] == [True, True]
+        assert not torch.equal(of[2:], boxes[2:])
+        if placement == "inside":
+            around = of[:2].repeat(3, 1)
+            assert (of[2:, :2] >= around[:, :2]).all()
+            assert (of[2:, 2:] <= around[:, 2:]).all()
+        else:
+            overlaps = [crop_overlap(b[2:, None]).sum() for b in (boxes, of)]
+            assert overlaps[1] < overlaps[0]
+
+
+def test_placement_needs_fast_crops():
+    with pytest.raises(ValueError, match=r"local_placement=apart needs logo_plugin's own crops: set .*fast_crops=true"):
+        build("logo_byol", {"local_placement": "apart"})
 
 
 def test_overlap_needs_boxes():

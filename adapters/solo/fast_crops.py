@@ -1,9 +1,10 @@
 """solo-learn's crops made by logo_plugin, from the same config."""
 
+from itertools import islice
 from typing import Any
 
 import torch
-from logo_plugin.adapters.solo.crops import side_lengths
+from logo_plugin.adapters.solo.crops import is_local, side_lengths
 from logo_plugin.adapters.solo.options import PREFIX
 from omegaconf import ListConfig
 from solo.data.pretrain_dataloader import FullTransformPipeline
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from logo_plugin.crops import MultiCropTransform
 from logo_plugin.decoding import decode
+from logo_plugin.placement import placed
 
 
 class FastCrops:
@@ -20,13 +22,22 @@ class FastCrops:
         augmentations: The config: one pipeline each entry.
         stock: What solo-learn made of it, for mean and standard deviation.
         return_boxes: Append the crops' boxes, (V, 4).
+        local_placement: As of `MultiCropTransform`, of the crops that solo-learn takes for local ones.
 
     Raises:
         ValueError: If a pipeline asks for what `MultiCropTransform` cannot do.
     """
 
-    def __init__(self, augmentations: ListConfig, stock: FullTransformPipeline, *, return_boxes: bool = False) -> None:
-        self.return_boxes = return_boxes
+    def __init__(
+        self,
+        augmentations: ListConfig,
+        stock: FullTransformPipeline,
+        *,
+        return_boxes: bool = False,
+        local_placement: str = "anywhere",
+    ) -> None:
+        self.return_boxes, self.local_placement = return_boxes, local_placement
+        self.global_crops = sum(crop.num_crops for crop in augmentations if not is_local(crop, augmentations[0]))
         self.transforms = []
         for i, (crop, pipeline) in enumerate(zip(augmentations, stock.transforms, strict=True)):
             sides = side_lengths(crop)
@@ -58,22 +69,23 @@ class FastCrops:
                     solarize_p=crop.solarization.prob,
                     mean=tuple(normalize.mean),
                     std=tuple(normalize.std),
-                    return_boxes=True,
                 )
             )
 
     def __call__(self, image: Any) -> list[Tensor]:
         """Makes the crops of one image, in the order of the pipelines."""
-        pixels = decode(image)[..., :3].permute(2, 0, 1)
-        crops, boxes = [], []
+        pixels = decode(image)
+        height, width = pixels.shape[:2]
+        drawn = [recipe for transform in self.transforms for recipe in transform.draw(width, height)]
+        recipes = placed(drawn, self.global_crops, self.local_placement, width, height)
+        crops, rest = [], iter(recipes)
         for transform in self.transforms:
-            *views, box = transform(pixels)
-            crops += views
-            boxes.append(box)
-        return [*crops, torch.cat(boxes)] if self.return_boxes else crops
+            crops += transform.render(pixels, list(islice(rest, transform.global_crops)))
+        boxes = torch.tensor([recipe.box for recipe in recipes], dtype=torch.float32)
+        return [*crops, boxes] if self.return_boxes else crops
 
 
-def install(model: Any, *, return_boxes: bool) -> None:
+def install(model: Any, *, return_boxes: bool, local_placement: str) -> None:
     """Puts `FastCrops` into the training data of a model that is about to be fitted.
 
     Before Lightning iterates over the loader: its workers copy the dataset.
@@ -91,4 +103,6 @@ def install(model: Any, *, return_boxes: bool) -> None:
             f"{PREFIX}fast_crops needs solo-learn's own image loading (data.format=image_folder), got "
             f"{type(source).__name__}. Set {PREFIX}fast_crops=false, or another data.format."
         )
-    dataset.transform = FastCrops(model.cfg.augmentations, stock, return_boxes=return_boxes)
+    dataset.transform = FastCrops(
+        model.cfg.augmentations, stock, return_boxes=return_boxes, local_placement=local_placement
+    )

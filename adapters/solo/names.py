@@ -21,6 +21,7 @@ _SHORT = {
     "affinity_norm": "",
     "fast_crops": "fast",
     "weigh_overlap": "iou",
+    "local_placement": "",
     "local_predictor": "lpred",
     "local_running_stats": "lstats",
     "preset": "",

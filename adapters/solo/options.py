@@ -4,7 +4,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from logo_plugin.checks import choice
 from logo_plugin.losses import PRESETS, LoGoLoss, with_preset
+from logo_plugin.placement import PLACEMENTS
 from logo_plugin.wrapping import unknown_option
 
 OWN: dict[str, Any] = {
@@ -13,6 +15,7 @@ OWN: dict[str, Any] = {
     "affinity_norm": "batch",
     "fast_crops": False,
     "weigh_overlap": False,
+    "local_placement": "anywhere",
     "local_predictor": False,
     "checkpoint_local_crops": False,
     "local_running_stats": True,
@@ -70,9 +73,15 @@ def checked(given: Any) -> dict[str, Any]:
         raise ValueError(f"{PREFIX}affinity_hidden_dim must be a positive integer, got {width!r}.")
     if options["affinity_norm"] not in ("batch", "layer"):
         raise ValueError(f'{PREFIX}affinity_norm must be "batch" or "layer", got {options["affinity_norm"]!r}.')
+    choice(f"{PREFIX}local_placement", options["local_placement"], PLACEMENTS)
     _refuse_idle(options)
     if options["weigh_overlap"] and not options["fast_crops"]:
         raise ValueError(f"{PREFIX}weigh_overlap needs the crops' boxes: set {PREFIX}fast_crops=true.")
+    if options["local_placement"] != "anywhere" and not options["fast_crops"]:
+        raise ValueError(
+            f"{PREFIX}local_placement={options['local_placement']} needs logo_plugin's own crops: set "
+            f"{PREFIX}fast_crops=true."
+        )
     return options
 
 

@@ -48,6 +48,7 @@ class LoGo(BaseMethod):
         options = dict(cfg.method_kwargs.logo)
         own = {name: options.pop(name) for name in OWN}
         self.fast_crops, self.weigh_overlap, self.monitor = (own[n] for n in ("fast_crops", "weigh_overlap", "monitor"))
+        self.local_placement = own["local_placement"]
         self.local_forwards = {"checkpoint": own["checkpoint_local_crops"], "running_stats": own["local_running_stats"]}
         dim = dry_run(self, cfg)
         affinity = Affinity(dim, own["affinity_hidden_dim"], own["affinity_norm"]) if own["affinity"] else None
@@ -97,7 +98,7 @@ class LoGo(BaseMethod):
         """With `fast_crops`, gives the training data logo_plugin's crops in place of solo-learn's."""
         super().setup(stage)
         if stage == "fit" and self.fast_crops:
-            fast_crops.install(self, return_boxes=self.weigh_overlap)
+            fast_crops.install(self, return_boxes=self.weigh_overlap, local_placement=self.local_placement)
 
     def training_step(self, batch: list[Any], batch_idx: int) -> Tensor:
         """The method's own step on the global crops, plus LoGo's terms; global crops come first in the batch."""

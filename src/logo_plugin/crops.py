@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from logo_plugin.augment import Recipe, augment, blur_radius
+from logo_plugin.checks import choice
 from logo_plugin.decoding import ImageLike, UndecodableError, decode, decode_channels
+from logo_plugin.placement import PLACEMENTS, placed
 from logo_plugin.wrapping import unknown_option
 
 Range = tuple[float, float]
@@ -90,6 +92,19 @@ class MultiCropTransform:
         local_size: Side of a local view in pixels.
         global_scale: Range of a global crop's area, as a fraction of the image's.
         local_scale: Range of a local crop's area.
+        local_placement: Where local crops lie. Their sizes are drawn alike for all three.
+
+            "anywhere": in the image, uniformly.
+
+            "inside": each inside a global crop of the image, uniformly there; the first local crop in the first
+            global, the second in the second, and so on, from the first again. `local_scale` stays a fraction of the
+            image. A crop that is wider than its global becomes as wide as that, and so much higher that its area
+            stays, at most as high as the global; one that is higher likewise. So its width / height stays between
+            its own and the global's, and one whose area is not below the global's becomes the global itself.
+
+            "apart": each local crop in turn chooses, of ten places (its own and nine more, uniform in the image), the
+            first where it has the fewest pixels in common with the other local crops. Where two large crops
+            can't miss each other an overlap remains. Crops so placed are nearer to the image's border than others.
         ratio: Range of the width / height of a crop.
         flip_p: Probability of mirroring.
         jitter_p: Probability of the colour jitter.
@@ -118,6 +133,7 @@ class MultiCropTransform:
     local_size: int = 96
     global_scale: Range = (0.4, 1.0)
     local_scale: Range = (0.05, 0.4)
+    local_placement: Literal["anywhere", "inside", "apart"] = "anywhere"
     ratio: Range = (3 / 4, 4 / 3)
     flip_p: float = 0.5
     jitter_p: float = 0.8
@@ -148,6 +164,7 @@ class MultiCropTransform:
         _check(self, "local_crops", "an integer >= 0", lambda v: type(v) is int and v >= 0)
         for name in ("global_scale", "local_scale"):
             _check(self, name, "(low, high) with 0 < low <= high <= 1", lambda v: 0 < v[0] <= v[1] <= 1 and len(v) == 2)
+        choice("local_placement", self.local_placement, PLACEMENTS)
         for name in ("ratio", "blur_sigma"):
             _check(
                 self, name, "(low, high) with 0 < low <= high", lambda v: 0 < v[0] <= v[1] < math.inf and len(v) == 2
@@ -206,8 +223,9 @@ class MultiCropTransform:
             ValueError: If the image cannot be decoded.
             TypeError: If it is none of these kinds.
         """
-        views = self._empty(np.float32)
-        recipes = self._render(self._decode(image), views)
+        pixels = self._decode(image)
+        recipes = self.draw(pixels.shape[1], pixels.shape[0])
+        views = self.render(pixels, recipes)
         boxes = torch.tensor([recipe.box for recipe in recipes], dtype=torch.float32)
         return [*views, boxes] if self.return_boxes else views
 
@@ -235,7 +253,21 @@ class MultiCropTransform:
                 solarize=u[13] < self.solarize_p,
             )
             recipes.append(recipe)
-        return recipes
+        return placed(recipes, self.global_crops, self.local_placement, width, height)
+
+    def render(self, pixels: Tensor, recipes: Sequence[Recipe]) -> list[Tensor]:
+        """Makes the views that were drawn.
+
+        Args:
+            pixels: The image, (H, W, C), uint8, or float32 in [0, 255].
+            recipes: As `draw` gives them for its width and height.
+
+        Returns:
+            The views, each (C, size, size), float32, normalised.
+        """
+        views = self._empty(np.float32)
+        self._render(pixels, recipes, views)
+        return views
 
     def _draw_box(self, width: int, height: int, scale: Range, u: Sequence[float]) -> tuple[int, int, int, int]:
         """As torchvision's RandomResizedCrop: ten attempts, then the largest central crop within `ratio`."""
@@ -264,11 +296,8 @@ class MultiCropTransform:
     def _decode(self, image: ImageLike) -> Tensor:
         return decode(image) if len(self.mean) == 3 else decode_channels(image, len(self.mean))
 
-    def _render(self, pixels: Tensor, out: list[Tensor], defer: str | None = None) -> list[Recipe]:
-        """Draws the views of one image into `out`; gives what was drawn."""
-        if defer and pixels.dtype != torch.uint8:
-            raise TypeError(f"defer={defer!r} lets crops travel as uint8, and the images have more: give defer=None.")
-        recipes = self.draw(pixels.shape[1], pixels.shape[0])
+    def _render(self, pixels: Tensor, recipes: Sequence[Recipe], out: list[Tensor], defer: str | None = None) -> None:
+        """Makes the views of one image in `out`."""
         shift, scale = _statistics(tuple(self.mean), tuple(self.std))
         with torch.inference_mode():  # a tenth less per operation
             for recipe, view in zip(recipes, out, strict=True):
@@ -280,7 +309,6 @@ class MultiCropTransform:
                     view.copy_(augment(x, [recipe])[0].round().to(torch.int16))
                 else:
                     torch.sub(augment(x, [recipe])[0], shift, out=view).mul_(scale)
-        return recipes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,7 +385,7 @@ class MultiCropCollate(MultiCropTransform):
         bad = []
         for n, row in enumerate(rows):
             try:
-                recipes.append(self._render(self._decode(row[0]), [view[n] for view in views], self.defer))
+                recipes.append(self._made(row[0], [view[n] for view in views]))
             except UndecodableError as error:
                 self._report(n, row, error)
                 recipes.append([])
@@ -367,7 +395,7 @@ class MultiCropCollate(MultiCropTransform):
             raise ValueError(f"none of the {len(rows)} images of the batch can be decoded; see the warnings for each.")
         for n in bad:
             rows[n] = rows[good[int(torch.randint(len(good), ()))]]
-            recipes[n] = self._render(self._decode(rows[n][0]), [view[n] for view in views], self.defer)
+            recipes[n] = self._made(rows[n][0], [view[n] for view in views])
 
         per_view = [list(view) for view in zip(*recipes, strict=True)]
         batch: list[Any] = [views]
@@ -379,6 +407,17 @@ class MultiCropCollate(MultiCropTransform):
             boxes = torch.tensor([[recipe.box for recipe in view] for view in per_view], dtype=torch.float32)
             batch.append(CropBoxes(boxes, torch.tensor([[recipe.flip for recipe in view] for view in per_view])))
         return batch
+
+    def _made(self, image: ImageLike, out: list[Tensor]) -> list[Recipe]:
+        """Makes the views of one image in `out`; gives what was drawn."""
+        pixels = self._decode(image)
+        if self.defer and pixels.dtype != torch.uint8:
+            raise TypeError(
+                f"defer={self.defer!r} lets crops travel as uint8, and the images have more: give defer=None."
+            )
+        recipes = self.draw(pixels.shape[1], pixels.shape[0])
+        self._render(pixels, recipes, out, self.defer)
+        return recipes
 
     def _of_dicts(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         rows = [(s["image"], {key: value for key, value in s.items() if key != "image"}) for s in samples]
@@ -464,7 +503,8 @@ def _crop(pixels: Tensor, recipe: Recipe, channels: int, size: int) -> Tensor:
 @functools.cache
 def _statistics(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """What to subtract from pixels in [0, 255] and then multiply them with, (C, 1, 1) each."""
-    return torch.tensor(mean).view(-1, 1, 1) * 255, 1 / (255 * torch.tensor(std).view(-1, 1, 1))
+    shift, deviation = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) * 255 for values in (mean, std))
+    return shift, 1 / deviation
 
 
 def _between(low: float, high: float, u: float) -> float:
