@@ -48,7 +48,8 @@ def headings(widths: Mapping[str, int], height: int = 14) -> Tensor:
     for word, width in widths.items():
         draw.text((left + (width - draw.textlength(word)) / 2, 1), word, fill="black")
         left += width
-    return pil_to_tensor(strip)
+    drawn: Tensor = pil_to_tensor(strip)
+    return drawn
 
 
 def _source(pixels: Tensor, boxes: Tensor, kinds: Sequence[str], height: int) -> Tensor:
