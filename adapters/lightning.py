@@ -46,7 +46,7 @@ class LoGoMonitor(_Callback):
     have. They are of the first 128 images of the batch and, with several processes, of the first process
     only: nothing is exchanged. LoGo's terms are logged by the adapters, with or without the monitor.
 
-    Two things it says aloud, with nothing exchanged and no more often than once a run: that a term was nan or
+    It warns of two things, with nothing exchanged and no more than once a run each: that a term was nan or
     infinite, and in which step first (kept on the device at every step, looked at when it is time to measure; on
     every process); and that `embedding_std` was below 0.1 ten measurements in a row, which is a collapse.
 
