@@ -28,13 +28,16 @@
 # | a solo-learn clone | `+logo=byol` on the command line | [solo-learn](../../docs/solo-learn.md) |
 # | a stable-pretraining module | `module = wrap(module)` | [stable-pretraining](../../docs/stable-pretraining.md) |
 # | a network, no framework | `learner = LoGoLearner(net)` | [LoGoLearner](../../docs/learner.md) |
-# | your own loop | `criterion = LoGoLoss(affinity=Affinity(dim))` | [plain PyTorch](../../docs/pytorch.md) |
+# | your own loop | `LoGoLoss(affinity=Affinity(dim))` | [plain PyTorch](../../docs/pytorch.md) |
+#
+# In all but solo-learn the crops come from the `DataLoader`: `collate_fn=MultiCropCollate()`, and no transform in the
+# dataset ([crops](../../docs/crops.md)).
 #
 # A ResNet takes the 96 px local crops as it is. A ViT or Swin has to be built for them: with timm
 # `dynamic_img_size=True` for a ViT, `strict_img_size=False` for a Swin; or use `MultiCropCollate(local_size=224)`.
 #
 # `make demo` compares two crops, plain multi-crop and LoGo on photographs in a few minutes. The rest of this page
-# shows what the line does, also on photographs that come with scikit-image, on a CPU (`pip install '.[examples]'`).
+# shows what the line does. It runs on a CPU, on photographs that come with scikit-image (`pip install '.[examples]'`).
 
 # %%
 import copy
