@@ -27,11 +27,11 @@ from logo_plugin.__main__ import main as logo_plugin
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-DOCS = Path(__file__).parent
-sys.path.insert(0, str(DOCS.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import lightly_models
 from photographs import photograph_tiles
 
+DOCS = Path(__file__).parent
 EPOCHS = 6
 RUNS = {"SimSiam": "#1f77b4", "predictor and last BatchNorm removed": "#d62728"}
 PANELS = {

@@ -147,8 +147,8 @@ for ratio, (_, found) in sweep.items():
 # %% [markdown]
 # A ratio of 0.1 can hardly be told from none. At 1 the lines begin to part, and at 3 the repulsion wins: crops of one
 # image become less alike, crops of two images more alike, so that the gap between them shrinks, and the global crops
-# agree less. Local crops that differ are not a goal in themselves; the gap is what to watch. Which strength gives the best
-# features is not a question for sixty steps: see [Results](../../docs/results.md).
+# agree less. Local crops that differ are not a goal in themselves; the gap is what to watch. Which strength gives the
+# best features is not a question for sixty steps: see [Results](../../docs/results.md).
 #
 # ## How often are the two local crops the same?
 #
