@@ -37,4 +37,4 @@ soak: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist demo_output src/*.egg-info
+	rm -rf $(VENV) build dist demo_output docs/notebooks src/*.egg-info

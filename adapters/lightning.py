@@ -19,6 +19,7 @@ from logo_plugin.checks import choice, flag
 from logo_plugin.crops import MultiCropTransform
 from logo_plugin.diagnostics import diagnose
 from logo_plugin.losses import LoGoLoss, LoGoTerms
+from logo_plugin.picture import headings
 
 _IMAGES = 128  # measured of a batch: bounds what the eigenvalues cost, however large batch and projection are
 _COLLAPSED, _PATIENCE = 0.1, 10
@@ -45,7 +46,7 @@ class LoGoMonitor(_Callback):
     have. They are of the first 128 images of the batch and, with several processes, of the first process
     only: nothing is exchanged. LoGo's terms are logged by the adapters, with or without the monitor.
 
-    Two things it says aloud, with nothing exchanged and no more often than once a run: that a term was nan or
+    It warns of two things, with nothing exchanged and no more than once a run each: that a term was nan or
     infinite, and in which step first (kept on the device at every step, looked at when it is time to measure; on
     every process); and that `embedding_std` was below 0.1 ten measurements in a row, which is a collapse.
 
@@ -133,7 +134,7 @@ class LoGoMonitor(_Callback):
         if not trainer.is_global_zero:
             return
         if self._draw and batch_idx == 0 and trainer.current_epoch % self.crops_every_n_epochs == 0:
-            picture = _picture(_views(batch), self.images, trainer)
+            picture = _picture(_views(batch), self.images, trainer, _global_crops(pl_module))
             for draw in self._draw:
                 draw(picture, trainer.current_epoch, step)
         if not due:
@@ -221,8 +222,13 @@ def _views(batch: Any) -> list[Tensor]:
     )
 
 
-def _picture(views: Sequence[Tensor], images: int, trainer: Any) -> Tensor:
-    """A grid, uint8 (3, H, W), with a row for each image: its crops, each at its own size."""
+def _global_crops(model: Any) -> int:
+    settings = getattr(model, "logo_settings", None)
+    return int(settings.globals if settings else getattr(model, "num_large_crops", 2))  # solo-learn's name
+
+
+def _picture(views: Sequence[Tensor], images: int, trainer: Any, global_crops: int) -> Tensor:
+    """A grid, uint8 (3, H, W), with a row for each image: its crops, each at its own size, under two headings."""
     collate = getattr(trainer.train_dataloader, "collate_fn", None)
     # Where the statistics are not known the default, ImageNet's: colours are off by little.
     known = collate if isinstance(collate, MultiCropTransform) else MultiCropTransform
@@ -235,7 +241,10 @@ def _picture(views: Sequence[Tensor], images: int, trainer: Any) -> Tensor:
         down, across = height - view.shape[2], width - view.shape[3]
         columns.append(F.pad(pixels, (across // 2, across - across // 2, down // 2, down - down // 2), value=1.0))
     grid: Tensor = make_grid(torch.stack(columns, 1).flatten(0, 1), nrow=len(views), pad_value=1.0)
-    return (grid * 255).round().to(torch.uint8)
+    column = grid.shape[2] // len(views)
+    left = column * global_crops
+    words = headings({"global": left, "local": grid.shape[2] - left})
+    return torch.cat([words, (grid * 255).round().to(torch.uint8)], dim=1)
 
 
 def _save(folder: Path, picture: Tensor, epoch: int, step: int) -> None:

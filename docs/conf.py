@@ -1,6 +1,8 @@
 """Sphinx settings; `make docs` builds the site into build/docs, and a warning fails it."""
 
+import shutil
 from importlib import metadata
+from pathlib import Path
 
 import logo_plugin
 
@@ -16,9 +18,14 @@ html_show_copyright = False
 html_show_sphinx = False
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+templates_path = ["templates"]
 
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are committed with their outputs
+# They are pages of the site, too. Not a link in the repository: it would pack them into the sdist a second time.
+_docs = Path(__file__).parent
+shutil.rmtree(_docs / "notebooks", ignore_errors=True)
+shutil.copytree(_docs.parent / "examples" / "notebooks", _docs / "notebooks")
 
 default_role = "code"  # docstrings write `name`
 autodoc_member_order = "bysource"  # for a module: the order of its __all__

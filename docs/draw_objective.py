@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import matplotlib as mpl
+from PIL import Image
 from skimage import data
 
 mpl.use("Agg")
@@ -71,8 +72,10 @@ def main():
     for start, end in (((middle - 0.04, y), (inner + 0.1, y)), ((middle + 0.04, y), (outer - 0.1, y))):
         axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", color=PUSH, linewidth=2.6, mutation_scale=20))
     axes.text(middle, y + 0.22, "push", color=PUSH, ha="center", va="center", fontsize=12)
-    axes.text(middle, y - 0.22, "as the affinity tells", color=PUSH, ha="center", va="center", fontsize=10)
-    figure.savefig(Path(__file__).with_name("objective.png"), dpi=110, bbox_inches="tight")
+    axes.text(middle, y - 0.22, "as measured by the affinity", color=PUSH, ha="center", va="center", fontsize=10)
+    path = Path(__file__).with_name("objective.png")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)  # a third of the size
 
 
 if __name__ == "__main__":

@@ -162,14 +162,17 @@ def test_resume(tmp_path):
 
 @pytest.mark.parametrize("defer", [None, "augment"])
 def test_picture_shows_the_crops(defer, tmp_path):
-    """Without augmentation the picture holds the pixels of the photographs, and white around smaller crops."""
+    """Without augmentation: the pixels of the photographs, white around smaller crops, a word over each kind."""
     collate = MultiCropCollate(
         global_size=48, local_size=24, global_scale=(1, 1), ratio=(1, 1), flip_p=0, jitter_p=0, grayscale_p=0, blur_p=0,
         mean=(0.1, 0.5, 0.9), std=(0.1, 0.2, 0.3), defer=defer,
     )  # fmt: skip
     fit(make(), images=4, collate=collate, logger=CSVLogger(tmp_path), callbacks=[LoGoMonitor(images=2)])
     picture = Image.open(tmp_path / "lightning_logs/version_0/logo_crops/epoch_0000.png")
-    assert picture.size == (2 + 4 * 50, 2 + 2 * 50)
+    assert picture.size == (2 + 4 * 50, 14 + 2 + 2 * 50)
+    headings, picture = picture.crop((0, 0, 202, 14)), picture.crop((0, 14, 202, 116))
+    inks = [ink(headings.crop((left, 0, left + 100, 14))) for left in (0, 100)]
+    assert inks[0] > inks[1] > 0  # "global" is the longer word
     for row, (photograph, _) in enumerate(tiles(2)):
         for column in (0, 1):
             corner = (2 + 50 * column, 2 + 50 * row)
@@ -179,6 +182,20 @@ def test_picture_shows_the_crops(defer, tmp_path):
     local = picture.crop((102, 2, 150, 50))
     assert set(local.crop((0, 0, 48, 12)).tobytes()) == {255}
     assert set(local.crop((12, 12, 36, 36)).tobytes()) != {255}
+
+
+def ink(image):
+    return sum(value < 128 for value in image.convert("L").tobytes())
+
+
+def test_the_headings_follow_global_crops(tmp_path):
+    """With four of six views global one word is over four columns, the other over two."""
+    collate = MultiCropCollate(global_crops=4, local_crops=2, global_size=48, local_size=24)
+    model = wrap(hosts.FastSiam(), global_crops=4)
+    fit(model, images=4, collate=collate, logger=CSVLogger(tmp_path), callbacks=[LoGoMonitor(images=1)])
+    picture = Image.open(tmp_path / "lightning_logs/version_0/logo_crops/epoch_0000.png")
+    inks = [ink(picture.crop((left, 0, left + 50, 14))) for left in range(0, 300, 50)]
+    assert [bool(found) for found in inks] == [False, True, True, False, True, True]
 
 
 def test_tensorboard(tmp_path):
@@ -193,7 +210,7 @@ def test_tensorboard(tmp_path):
         assert [step for step, _ in found[name]] == [0, 1, 2]
     ((step, value),) = found["logo/crops"]
     assert step == 0
-    assert (value.image.width, value.image.height) == (2 + 4 * 34, 2 + 2 * 34)
+    assert (value.image.width, value.image.height) == (2 + 4 * 34, 14 + 2 + 2 * 34)
 
 
 def read_events(path):

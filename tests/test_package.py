@@ -38,8 +38,19 @@ def test_metadata_of_one_address():
 
 
 def test_public_names():
+    assert "LoGoMonitor" in logo_plugin.__all__
     for name in logo_plugin.__all__:
         assert getattr(logo_plugin, name).__doc__
+
+
+def test_all_public_names_can_be_had_without_lightning():
+    code = (
+        "import sys; sys.modules['lightning'] = sys.modules['pytorch_lightning'] = None\n"
+        "from logo_plugin import *; import logo_plugin\n"
+        "print('LoGoMonitor' in logo_plugin.__all__, wrap.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "wrap"]
 
 
 @pytest.mark.parametrize("x", [3, "BYOL", dict, nn.functional.relu])

@@ -22,7 +22,7 @@ def register() -> None:
     backbones.update({name: partial(_stock_backbone, build) for name, build in backbones.items()})
     if WeightedKNNClassifier.__bases__ == (Metric,):
         WeightedKNNClassifier.__bases__ = (_KNNMetric,)
-    # The first that solo-learn's parse_cfg calls; what comes next asserts without a word.
+    # The first that solo-learn's parse_cfg calls; what comes next asserts without a message.
     Checkpointer.add_and_assert_specific_cfg = staticmethod(
         partial(_after_check, Checkpointer.add_and_assert_specific_cfg)
     )

@@ -1,12 +1,43 @@
 # %% [markdown]
-# # LoGo in ten minutes
+# # Quickstart: LoGo in ten minutes
 #
 # You know BYOL, MoCo or SimSiam: two crops of an image, pulled together. LoGo ([Zhang et al., CVPR
 # 2022](https://arxiv.org/abs/2203.17205)) adds two small crops and asks a question: if one shows an eye and the other
 # a sleeve, why should their features agree? So small crops are pulled to the large ones, and pushed away from each
-# other. How alike two small crops are is judged by a network that is trained along, the *affinity*.
+# other. How alike two small crops are is judged by a small network trained alongside, the *affinity*.
 #
-# Everything below runs on photographs that come with scikit-image, on a CPU.
+# ## Install
+#
+# ```bash
+# git clone <this repository> logo-plugin && cd logo-plugin
+# python3 -m venv venv && . venv/bin/activate  # or the environment that you train in
+# pip install .             # needs torch and torchvision, nothing else
+# pip install '.[lightly]'  # with lightly and Lightning; also: solo, stable, timm, examples, all
+# python -m logo_plugin     # what is installed, what does not fit, and the command that fixes it
+# ```
+#
+# PyPI's torch for Linux brings CUDA, a download of 2.6 GB. For a machine without a GPU install the small one first:
+# `pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu`. Do not `pip install logo-plugin`
+# from PyPI: that name belongs to an unrelated package with the same import name.
+#
+# ## Your line
+#
+# | you have | the line | then read |
+# |---|---|---|
+# | a lightly-style model | `model = wrap(model)` | [lightly](../../docs/lightly.md) |
+# | a solo-learn clone | `+logo=byol` on the command line | [solo-learn](../../docs/solo-learn.md) |
+# | a stable-pretraining module | `module = wrap(module)` | [stable-pretraining](../../docs/stable-pretraining.md) |
+# | a network, no framework | `learner = LoGoLearner(net)` | [LoGoLearner](../../docs/learner.md) |
+# | your own loop | `LoGoLoss(affinity=Affinity(dim))` | [plain PyTorch](../../docs/pytorch.md) |
+#
+# In all but solo-learn the crops come from the `DataLoader`: `collate_fn=MultiCropCollate()`, and no transform in the
+# dataset ([crops](../../docs/crops.md)).
+#
+# A ResNet takes the 96 px local crops as it is. A ViT or Swin has to be built for them: with timm
+# `dynamic_img_size=True` for a ViT, `strict_img_size=False` for a Swin; or use `MultiCropCollate(local_size=224)`.
+#
+# `make demo` compares two crops, plain multi-crop and LoGo on photographs in a few minutes. The rest of this page
+# shows what the line does. It runs on a CPU, on photographs that come with scikit-image (`pip install '.[examples]'`).
 
 # %%
 import copy
@@ -29,8 +60,8 @@ from photographs import PHOTOGRAPHS, photograph_tiles
 # %% [markdown]
 # ## Four crops
 #
-# `MultiCropCollate` makes the crops of a batch: two global ones of 40 to 100 % of the area, two local ones of 5 to 40
-# %. With `return_boxes=True` it says where they came from.
+# `MultiCropCollate` makes the crops of a batch: two global ones of 40 to 100 % of the area, two local ones of 5 to
+# 40 %. With `return_boxes=True` it says where they came from.
 
 # %%
 photograph = Image.fromarray(data.astronaut())
@@ -98,7 +129,15 @@ by_hand = dict(zip(("total", "global_global", "local_global", "local_local", "af
 
 # %% [markdown]
 # `LoGoLoss` is this, and the checks around it. (Its default also adds a little noise to the affinity's same-image
-# pairs, as the authors' code does; turned off here so that the numbers agree.)
+# pairs, as the authors' code does; it is turned off here so that the numbers agree.) `total` is what you call
+# `backward` on. The others are the terms, each unweighted, for your log:
+#
+# | term | what it says |
+# |---|---|
+# | `global_global` | similarity loss between the global crops of an image |
+# | `local_global` | the same from local to global crops |
+# | `local_local` | how alike the affinity finds two local crops of an image; LoGo pushes this down |
+# | `affinity` | how well the affinity tells pairs from one image from pairs from two; 1.39 (2 ln 2) is guessing |
 
 # %%
 criterion = LoGoLoss(affinity=f, positive_noise=0.0)
@@ -109,7 +148,7 @@ for name, value in terms._asdict().items():
     print(f"{name:14} by hand {by_hand[name].item():8.5f}   LoGoLoss {value.item():8.5f}")
 
 # %% [markdown]
-# Who learns from which term? One line of the table is one term, a number the length of its gradient. The repulsion
+# Who learns from which term? Each row is a term, and each number the norm of its gradient. The repulsion
 # (`local_local`) reaches the encoder and not the affinity; the affinity's loss reaches the affinity and nothing else.
 # That is how one `backward` and one optimizer serve both.
 
@@ -127,8 +166,8 @@ for name, term in list(terms._asdict().items())[1:]:
 # %% [markdown]
 # ## A short training
 #
-# `LoGoLearner` puts BYOL with LoGo around a network; the loop is yours. One minute on one core, so nothing here is
-# about how good the features are: it is about what the terms do.
+# `LoGoLearner` puts BYOL with LoGo around a network; the loop is yours. This takes one minute on one core, so it shows
+# what the terms do, not how good the features are.
 
 # %%
 torch.manual_seed(0)
@@ -248,5 +287,5 @@ for axis, (title, table) in zip(axes, (("cosine", cosines), ("affinity's logit",
 # others. If the affinity judged pairs, its diagonal would stand out. Instead there are columns and rows: the logit
 # depends on each crop by itself more than on the two together.
 #
-# Next: `02_lightly` adds LoGo to a script in one line, `03_solo_learn` to a command, `04_timm` is about backbones, and
-# `05_diagnosing` about what to watch.
+# Next: [one line in lightly](02_lightly.ipynb), [one word in solo-learn](03_solo_learn.ipynb), [backbones of
+# timm](04_timm.ipynb), and [what to watch during a run](05_diagnosing.ipynb).

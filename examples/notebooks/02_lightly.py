@@ -101,7 +101,7 @@ _ = axes[1].legend(fontsize=8, ncols=2)
 # %% [markdown]
 # ## What the monitor logged
 #
-# Similarities of local crops, spread of the features, and whether the affinity judges single pairs rightly ([what the
+# Similarities of local crops, spread of the features, and whether the affinity judges single pairs correctly ([what the
 # numbers mean](../../docs/monitor.md)).
 
 # %%
@@ -129,8 +129,8 @@ Image.open(folder / "after/lightning_logs/version_0/logo_crops/epoch_0000.png").
 )
 
 # %% [markdown]
-# `affinity_accuracy` goes up and down around 0.5, which is chance, while the affinity's loss above falls. That is no
-# mistake of the monitor: the first notebook, `01_ten_minutes`, takes the affinity apart.
+# `affinity_accuracy` goes up and down around 0.5, which is chance, while the affinity's loss above falls. The
+# monitor is right: the [quickstart](01_ten_minutes.ipynb) takes the affinity apart.
 #
 # ## The backbone is yours
 #

@@ -102,7 +102,7 @@ axes[0].legend(fontsize=8)
 _ = axes[3].set(title="cosine, same image; other image dotted", xlabel="step")
 
 # %% [markdown]
-# By the loss the broken runs win. The other numbers tell them apart, and it takes more than one of them. Without
+# Judged by the loss the broken runs win. The other numbers tell them apart, and it takes more than one of them. Without
 # BatchNorm everything goes to one point: `embedding_std` falls, and other images become as similar as the same image;
 # `effective_rank`, which sees directions and not their length, notices nothing. With BatchNorm after the projector the
 # std cannot fall; there it is the rank that does. It also falls in the healthy run: no value is right or wrong by
@@ -147,8 +147,8 @@ for ratio, (_, found) in sweep.items():
 # %% [markdown]
 # A ratio of 0.1 can hardly be told from none. At 1 the lines begin to part, and at 3 the repulsion wins: crops of one
 # image become less alike, crops of two images more alike, so that the gap between them shrinks, and the global crops
-# agree less. Local crops that differ are no aim by themselves; the gap is what to watch. Which strength gives the best
-# features is not a question for sixty steps: see [Results](../../docs/results.md).
+# agree less. Local crops that differ are not a goal in themselves; the gap is what to watch. Which strength gives the
+# best features is not a question for sixty steps: see [Results](../../docs/results.md).
 #
 # ## How often are the two local crops the same?
 #

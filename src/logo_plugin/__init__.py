@@ -1,5 +1,6 @@
 """LoGo (arXiv 2203.17205) as a drop-in loss for existing self-supervised training runs."""
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 _failure: Exception | None = None
@@ -30,6 +31,8 @@ __all__ = [
     "info_nce",
     "wrap",
 ]
+if find_spec("lightning") or find_spec("pytorch_lightning"):  # without, `from logo_plugin import *` must not ask for it
+    __all__ += ["LoGoMonitor"]
 
 
 def __getattr__(name: str) -> Any:

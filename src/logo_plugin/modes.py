@@ -20,7 +20,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_statistics(module: nn.Module) -> Iterator[None]:
-    """While it lasts BatchNorm and its kin normalise as ever, but their running statistics stay as they are."""
+    """While it lasts BatchNorm and layers like it normalise as ever, but their running statistics stay as they are."""
     buffers = [
         (child._buffers, name, buffer)
         for child in module.modules()

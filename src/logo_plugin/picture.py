@@ -1,13 +1,13 @@
 """A picture of what the crops of an image are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
 from logo_plugin.crops import MultiCropCollate
@@ -39,6 +39,17 @@ def draw_crops(image: ImageLike, collate: MultiCropCollate, *, rows: int = 3) ->
     source = _source(pixels, boxes.boxes[:, 0], kinds, height=grid.shape[1])
     picture: Image.Image = to_pil_image(torch.cat([source, grid], dim=2))
     return picture
+
+
+def headings(widths: Mapping[str, int], height: int = 14) -> Tensor:
+    """A white strip, uint8 (3, height, sum of the widths), with each word in the middle of its width."""
+    strip = Image.new("RGB", (sum(widths.values()), height), "white")
+    draw, left = ImageDraw.Draw(strip), 0
+    for word, width in widths.items():
+        draw.text((left + (width - draw.textlength(word)) / 2, 1), word, fill="black")
+        left += width
+    drawn: Tensor = pil_to_tensor(strip)
+    return drawn
 
 
 def _source(pixels: Tensor, boxes: Tensor, kinds: Sequence[str], height: int) -> Tensor:

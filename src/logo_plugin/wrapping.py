@@ -94,7 +94,7 @@ def wrap(
 
     Raises:
         TypeError: If `x` is neither a module nor a module class, or an option is unknown.
-        ValueError: If `x` has no part that LoGo needs, or is known to be none that LoGo can extend; the message names
+        ValueError: If `x` lacks a part that LoGo needs, or is of a kind that LoGo cannot extend; the message names
             the option that helps, or says that there is none.
     """
     options = {name: value for name, value in locals().items() if name not in ("x", "others")}
