@@ -88,7 +88,7 @@ def install(model: Any, *, return_boxes: bool) -> None:
         return
     if not isinstance(stock, FullTransformPipeline):
         raise ValueError(
-            f"{PREFIX}fast_crops needs solo-learn's own image loading (data.format=image_folder), got "
+            f"{PREFIX}fast_crops needs solo-learn's own image loading (data.format=image_folder or h5), got "
             f"{type(source).__name__}. Set {PREFIX}fast_crops=false, or another data.format."
         )
     dataset.transform = FastCrops(model.cfg.augmentations, stock, return_boxes=return_boxes)
