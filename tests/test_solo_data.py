@@ -83,10 +83,11 @@ def test_own_multi_crop_of_byol(local):
             torch.testing.assert_close((1 + local) * gradient, expected[name], rtol=1e-3, atol=near)
 
 
-def test_crops_of_the_own_multi_crop():
+@pytest.mark.parametrize(("method", "crops"), [("byol", "asymmetric"), ("simclr", "symmetric")])
+def test_crops_of_the_own_multi_crop(method, crops):
     """LoGo on the very crops of solo-learn's multi-crop config."""
-    cfg = compose("imagenet-100-multicrop", "byol", "+logo=byol", "augmentations=asymmetric")
-    assert cfg.method == "logo_byol"
+    cfg = compose("imagenet-100-multicrop", method, f"+logo={method}", f"augmentations={crops}")
+    assert cfg.method == f"logo_{method}"
     assert (cfg.data.num_large_crops, cfg.data.num_small_crops) == (2, 6)
     assert {(crop.rrc.crop_min_scale, crop.rrc.crop_max_scale) for crop in cfg.augmentations} == {(0.08, 1.0)}
 
