@@ -97,7 +97,7 @@ def compose(config_dir: str, name: str, *overrides: str):
 
     import_solo()
     with initialize_config_dir(f"{ROOT}/scripts/pretrain/{config_dir}", version_base="1.2"):
-        cfg = compose(name, [*overrides, "data.train_path=.", "data.val_path=null", "data.format=image_folder"])
+        cfg = compose(name, ["data.train_path=.", "data.val_path=null", "data.format=image_folder", *overrides])
     OmegaConf.set_struct(cfg, False)
     from solo.args.pretrain import parse_cfg
 

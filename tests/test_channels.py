@@ -8,6 +8,7 @@ import hosts
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+import tifffile
 import timm
 import torch
 from photos import tiles
@@ -155,12 +156,35 @@ def test_a_learner_of_other_channels():
     assert learner(views).isfinite()
 
 
-def test_micrograph_of_the_page():
+def test_tiff(tmp_path):
+    """uint16 with more bands than a picture has, through tifffile: every band, in its order, with 16 bits."""
+    bands = picture(5).astype(np.uint16) + 40000  # which 8 bits would make one level of
+    tifffile.imwrite(tmp_path / "last.tif", bands, photometric="minisblack", planarconfig="contig")
+    tifffile.imwrite(
+        tmp_path / "first.tif", np.moveaxis(bands, -1, 0), photometric="minisblack", planarconfig="separate"
+    )
+    last, first = (tifffile.imread(tmp_path / f"{name}.tif") for name in ("last", "first"))
+    assert (last.shape, first.shape, last.dtype) == ((70, 70, 5), (5, 70, 70), np.uint16)
+    whole = {"global_size": 70, "local_crops": 0, "global_scale": (1, 1), "ratio": (1, 1), "jitter_p": 0, "blur_p": 0}
+    transform = MultiCropTransform(**options(5, flip_p=0, std=(1 / 65535,) * 5, **whole))
+    (view, _) = transform(last)
+    torch.testing.assert_close(view, torch.from_numpy(bands.astype(np.float32)).permute(2, 0, 1), rtol=0, atol=0.02)
+    with pytest.raises(TypeError, match=r"np\.moveaxis\(image, 0, -1\) puts them last"):
+        transform(first)
+    assert torch.equal(transform(np.moveaxis(first, 0, -1))[0], view)
+
+
+@pytest.mark.parametrize("subject", ["stains", "Scenes"])
+def test_blocks_of_the_page(subject, tmp_path, monkeypatch):
     page = (Path(__file__).parents[1] / "docs" / "crops.md").read_text()
-    (block,) = (b for b in re.findall(r"```python\n(.*?)```", page, re.S) if "stains" in b)
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", page, re.S) if subject in b)
+    monkeypatch.chdir(tmp_path)
+    for i in range(2):
+        tifffile.imwrite(f"scene_{i}.tif", picture(5).astype(np.uint16) * 257, photometric="minisblack")
     names = {}
     exec(block, names)
-    assert [tuple(view.shape) for view in names["views"]] == [(2, 2, 224, 224)] * 2 + [(2, 2, 96, 96)] * 2
+    channels = {"stains": 2, "Scenes": 5}[subject]
+    assert [tuple(view.shape[1:]) for view in names["views"]] == [(channels, s, s) for s in (224, 224, 96, 96)]
 
 
 @pytest.mark.filterwarnings("ignore::lightning_fabric.utilities.warnings.PossibleUserWarning")

@@ -12,6 +12,7 @@ import lightning as pl
 import methods_stable
 import stable_hosts
 import stable_pretraining as spt
+import timm
 import torch
 import torchmetrics
 from adapter_contract import CHECKS, check_two_ranks, same, seeded, step, views
@@ -23,6 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from logo_plugin import MultiCropCollate, wrap
+from logo_plugin.__main__ import main
 
 # The hosts' own: they log outside a Trainer, and Lightning has advice for tiny runs.
 pytestmark = [
@@ -393,6 +395,38 @@ class TestCheckpoints:
         again = wrapped.load_from_checkpoint(tmp_path / "byol.ckpt", **parts)
         same(again.state_dict(), model.state_dict(), "state", rtol=0, atol=0)
         assert isinstance(again, methods.BYOL)
+
+    @pytest.mark.parametrize("kind", ["byol", "SimSiam"])
+    def test_exported_to_timm(self, kind, tmp_path, capsys):
+        """A checkpoint of real tiles holds teacher, heads and LoGo; what comes out is the student's backbone."""
+        from stable_pretraining.backbone import from_torchvision
+
+        own = from_torchvision("resnet18") if kind == "byol" else timm.create_model("resnet18", num_classes=0)
+        if kind == "byol":
+            model = stable_hosts.module("byol", backbone=stable_hosts.teacher_student(own))
+            model.projector = stable_hosts.teacher_student(stable_hosts.head(512, 24, 16))
+        else:
+            model = methods.SimSiam(encoder_name=own, **stable_hosts.CLASSES["SimSiam"])
+            model.optim = stable_hosts.OPTIM
+        model = wrap(model)
+        collate = MultiCropCollate(global_size=40, local_size=24)
+        samples = [{"image": image, "label": label} for image, label in tiles(12)]
+        added = [callbacks.TeacherStudentCallback()] if kind == "byol" else []
+        run = fit(model, DataLoader(samples, batch_size=6, collate_fn=collate), added)
+        run.save_checkpoint(tmp_path / "run.ckpt")
+
+        assert main(["export", str(tmp_path / "run.ckpt"), str(tmp_path / "b.pt"), "--arch", "resnet18"]) == 0
+        said = capsys.readouterr().out
+        student = model.backbone.student if kind == "byol" else model.backbone
+        assert f"from backbone{'.student' if kind == 'byol' else ''}" in said
+        for left in ("projector", "logo"):
+            assert f"left out: {left}" in said
+        net = timm.create_model("resnet18", num_classes=0)
+        net.load_state_dict(torch.load(tmp_path / "b.pt"), strict=True)
+        images = torch.rand(2, 3, 64, 64)
+        torch.testing.assert_close(net.eval()(images), student.eval()(images))
+        if kind == "byol":
+            assert not torch.equal(model.backbone.teacher.conv1.weight, net.conv1.weight)
 
     def test_a_copy_trains_apart(self):
         model = wrap(stable_hosts.module("byol"))

@@ -49,8 +49,18 @@ def check_counts(cfg: DictConfig, large: int, small: int, *, affinity: bool) -> 
 
 
 def check_config(cfg: DictConfig) -> None:
-    """As `check_counts`, on a config that solo-learn has not counted yet: its own check has no message."""
+    """As `check_counts`, on a config that solo-learn has not counted yet: its own check has no message.
+
+    Raises:
+        ValueError: Also if a local crop is listed before a global one.
+    """
     crops = cfg.get("augmentations") or []
+    kinds = [is_local(crop, crops[0]) for crop in crops]
+    if kinds != sorted(kinds):
+        raise ValueError(
+            f"augmentations lists crop_size {', '.join(str(crop.crop_size) for crop in crops)}, and solo-learn takes "
+            "the first ones for the global crops, whatever their size. List all of the first one's size first."
+        )
     counts = [0, 0]
     for crop in crops:
         counts[is_local(crop, crops[0])] += crop.num_crops

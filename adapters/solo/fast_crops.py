@@ -100,7 +100,7 @@ def install(model: Any, *, return_boxes: bool, local_placement: str) -> None:
         return
     if not isinstance(stock, FullTransformPipeline):
         raise ValueError(
-            f"{PREFIX}fast_crops needs solo-learn's own image loading (data.format=image_folder), got "
+            f"{PREFIX}fast_crops needs solo-learn's own image loading (data.format=image_folder or h5), got "
             f"{type(source).__name__}. Set {PREFIX}fast_crops=false, or another data.format."
         )
     dataset.transform = FastCrops(

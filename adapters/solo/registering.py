@@ -6,6 +6,7 @@ from typing import Any
 
 from logo_plugin.adapters.solo.checkpoints import check_checkpoint
 from logo_plugin.adapters.solo.crops import check_config
+from logo_plugin.adapters.solo.formats import check_format
 from logo_plugin.adapters.solo.methods import KNOWN
 from logo_plugin.adapters.solo.refused import reason
 from omegaconf import DictConfig
@@ -52,4 +53,5 @@ def _after_check(stock: Callable[[DictConfig], DictConfig], cfg: DictConfig) -> 
         if why_not:
             raise TypeError(f"LoGo cannot carry {host.__name__}: {why_not}")
         check_config(cfg)
+        check_format(cfg)
     return stock(cfg)

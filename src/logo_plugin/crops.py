@@ -352,12 +352,14 @@ class MultiCropCollate(MultiCropTransform):
         if self.target_key is not None and self.image_key is None:
             raise ValueError(f"target_key={self.target_key!r} is of dicts: give image_key too.")
 
-    def __call__(self, samples: Sequence[Any]) -> Any:  # type: ignore[override]
+    def __call__(self, samples: Sequence[Any] | Mapping[str, Any]) -> Any:  # type: ignore[override]
         """Makes the views of a batch.
 
         Args:
             samples: N samples (image, target), (image, target, filename) or bare images, an image
                 being whatever `MultiCropTransform` takes. Or dicts with an "image", as stable-pretraining has them.
+                With `image_key` dicts, or one dict of N images and N targets, as batches of Hugging Face's and
+                webdataset's are.
 
         Returns:
             `[views, targets, filenames]` as far as the samples have them, then `CropBoxes` with
@@ -370,8 +372,11 @@ class MultiCropCollate(MultiCropTransform):
                 `on_error="skip"` only if none of the batch can.
             TypeError: If the samples are of another kind, or torch's `default_collate` can't stack the targets.
         """
-        if self.image_key is not None:
-            samples = [_picked(sample, n, self.image_key, self.target_key) for n, sample in enumerate(samples)]
+        if isinstance(samples, Mapping):
+            samples = _rows(samples, self.image_key, self.target_key)
+        elif self.image_key is not None:
+            name = "sample {} of the batch".format
+            samples = [_picked(sample, name(n), self.image_key, self.target_key) for n, sample in enumerate(samples)]
         elif samples and all(isinstance(sample, dict) and "image" in sample for sample in samples):
             return self._of_dicts(samples)
         rows: list[Sequence[Any]] = [s if isinstance(s, (tuple, list)) else (s,) for s in samples]
@@ -429,7 +434,8 @@ class MultiCropCollate(MultiCropTransform):
 
     def _report(self, position: int, row: Sequence[Any], error: Exception) -> None:
         """Raises or warns, naming the sample."""
-        name = row[2] if len(row) == 3 else row[0] if isinstance(row[0], (str, os.PathLike)) else None
+        image = row[0].get("path") if isinstance(row[0], Mapping) else row[0]
+        name = row[2] if len(row) == 3 else image if isinstance(image, (str, os.PathLike)) else None
         message = f"sample {position} of the batch" + (f" ({name})" if name is not None else "") + f": {error}"
         if self.on_error == "raise":
             raise ValueError(f'{message} Remove it, or replace bad images with on_error="skip".') from error
@@ -460,20 +466,39 @@ def crop_overlap(boxes: Tensor) -> Tensor:
     return intersection / union
 
 
-def _picked(sample: Any, position: int, image: str, target: str | None) -> tuple[Any, ...]:
+def _picked(sample: Any, name: str, image: str, target: str | None) -> tuple[Any, ...]:
     """(image, target) or (image,) of a sample that is a dict."""
     keys = (image,) if target is None else (image, target)
     if not isinstance(sample, Mapping):
         raise TypeError(
-            f"image_key={image!r} is for samples that are dicts, and sample {position} of the batch is "
-            f"{type(sample).__name__}: leave it out."
+            f"image_key={image!r} is for samples that are dicts, and {name} is {type(sample).__name__}: leave it out."
         )
     if missing := [key for key in keys if key not in sample]:
         raise ValueError(
-            f"sample {position} of the batch has no {missing[0]!r}, only {', '.join(map(str, sample))}: name "
+            f"{name} has no {missing[0]!r}, only {', '.join(map(str, sample))}: name "
             "the columns with image_key= and target_key=."
         )
     return tuple(sample[key] for key in keys)
+
+
+def _rows(batch: Mapping[str, Any], image: str | None, target: str | None) -> list[tuple[Any, ...]]:
+    """The same of a batch that is a dict of columns."""
+    if image is None:
+        raise TypeError(
+            f"the batch is a dict of columns, {', '.join(map(str, batch))}: name those of the images and targets with "
+            "image_key= and target_key=."
+        )
+    columns = _picked(batch, "the batch", image, target)
+    # Of three dimensions nothing tells whether they are gray images or one image, in rows.
+    if not isinstance(columns[0], (list, tuple)) and getattr(columns[0], "ndim", 0) not in (1, 4):
+        raise TypeError(
+            f"the batch is a dict, so its {image!r} must be a list of images or an array of four dimensions, got "
+            f"{type(columns[0]).__name__}. Of single images DataLoader(dataset, batch_size=...) makes batches."
+        )
+    lengths = [len(column) for column in columns]
+    if len(set(lengths)) > 1:
+        raise ValueError(f"the batch has {lengths[0]} images in {image!r} and {lengths[1]} targets in {target!r}.")
+    return list(zip(*columns, strict=True))
 
 
 def _stacked(targets: list[Any]) -> Any:

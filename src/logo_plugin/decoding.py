@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 Array = np.ndarray[Any, Any]
-ImageLike = Image.Image | Tensor | Array | bytes | str | os.PathLike[str]
+Encoded = bytes | str | os.PathLike[str]
+ImageLike = Image.Image | Tensor | Array | Encoded | Mapping[str, Encoded | None]
 
 # Pillow's pixels in three quarters of its time. torchvision has deprecated it: where it is gone, Pillow decodes.
 _decode_jpeg: Callable[[Tensor, int], Tensor] | None = getattr(torch.ops.image, "decode_jpeg", None)
@@ -29,17 +30,18 @@ def decode(image: ImageLike) -> Tensor:
     """Decodes an image of any kind and mode, once.
 
     Args:
-        image: PIL image, encoded bytes (JPEG, PNG, WebP, ...), a path, array (H, W) or (H, W, 1 or 3), or tensor
-            (1 or 3, H, W). Arrays and tensors are uint8, uint16 or floating point in [0, 1]. Of a file's or PIL
-            image's 16 bits the upper eight are kept, its transparency is dropped, EXIF orientation is ignored.
+        image: PIL image, encoded bytes (JPEG, PNG, WebP, ...), a path, {"bytes": ..., "path": ...} with one of them
+            (Hugging Face's), array (H, W) or (H, W, 1 or 3), or tensor (1 or 3, H, W). Arrays and tensors are uint8,
+            uint16 or floating point in [0, 1]. Of a file's or PIL image's 16 bits the upper eight are kept, its
+            transparency is dropped, EXIF orientation is ignored.
 
     Returns:
         (H, W, 3 or 4), of which the first three channels are red, green and blue: uint8, or float32 in [0, 255] of
         arrays and tensors that are not uint8.
 
     Raises:
-        UndecodableError: If the image cannot be decoded, or has more than twice `Image.MAX_IMAGE_PIXELS`, Pillow's
-            limit against decompression bombs (with more than once there is Pillow's warning).
+        UndecodableError: If the image cannot be decoded, is None, or has more than twice `Image.MAX_IMAGE_PIXELS`,
+            Pillow's limit against decompression bombs (with more than once there is Pillow's warning).
         TypeError: If it is none of these kinds.
     """
     if isinstance(image, (Tensor, np.ndarray)):
@@ -47,11 +49,11 @@ def decode(image: ImageLike) -> Tensor:
         if pixels.shape[2] not in (1, 3):
             raise TypeError(
                 f"an image must have 1 or 3 channels, got {_described(image)}, and none is dropped unasked. For "
-                f"images of other channels give mean= and std= of as many numbers. {_layout(pixels, (1, 3))}"
+                f"images of other channels give mean= and std= of as many numbers. {_layout(image, (1, 3))}"
                 "Without transparency it is image[..., :3], of a tensor image[:3]."
             )
         return pixels.expand(-1, -1, 3)
-    _check_kind(image)
+    image = _encoded(image)
     try:
         if isinstance(image, Image.Image):
             return _pixels(image)
@@ -83,30 +85,40 @@ def decode_channels(image: ImageLike, channels: int) -> Tensor:
         TypeError: If it is none of these kinds, or has another number of channels.
     """
     if not isinstance(image, (Tensor, np.ndarray)):
-        _check_kind(image)
-        image = _bands(image)
+        image = _bands(_encoded(image))
     pixels = _in_range(image)
     if pixels.shape[2] != channels:
         raise TypeError(
             f"mean has {channels} number{'s' if channels > 1 else ''}, so images must have as many channels; "
-            f"got {_described(image)}. {_layout(pixels, (channels,))}Give mean= and std= of {pixels.shape[2]} "
+            f"got {_described(image)}. {_layout(image, (channels,))}Give mean= and std= of {pixels.shape[2]} "
             "numbers, or the channels you want."
         )
     return pixels
 
 
-def _check_kind(image: Any) -> None:
+def _encoded(image: Any) -> Image.Image | Encoded:
+    """What Pillow opens."""
+    if isinstance(image, Mapping) and image.keys() == {"bytes", "path"}:  # Hugging Face's Image(decode=False)
+        image = image["path"] if image["bytes"] is None else image["bytes"]
+    if image is None:
+        raise UndecodableError("there is no image, only None.")
     if isinstance(image, (list, tuple)):
+        if image and isinstance(image[0], (list, int, float)):
+            raise TypeError(
+                "an image must be an array or tensor, not nested lists of numbers. Hugging Face's columns of arrays "
+                'are such lists without dataset.with_format("numpy", dtype="uint8").'
+            )
         raise TypeError(
             f"an image is a {type(image).__name__} of {len(image)} already: the dataset has a transform that makes "
             "views. Remove the transform; MultiCropCollate makes the views."
         )
     if not isinstance(image, (Image.Image, bytes, str, os.PathLike)):
-        also = " Of dicts, image_key= says where the image is." if isinstance(image, dict) else ""
+        also = " Of dicts, image_key= says where the image is." if isinstance(image, Mapping) else ""
         raise TypeError(
             "an image must be a PIL image, an array (H, W, C), a tensor (C, H, W), encoded bytes or a path, "
             f"got {type(image).__name__}.{also}"
         )
+    return image
 
 
 def _in_range(image: Tensor | Array) -> Tensor:
@@ -128,7 +140,7 @@ def _in_range(image: Tensor | Array) -> Tensor:
     if array.dtype.kind != "f":
         raise TypeError(
             f"an image must be uint8, uint16 or floating point in [0, 1], got {_described(image)}. Divide it by its "
-            "largest possible value."
+            'largest possible value; of Hugging Face\'s dataset.with_format, dtype="uint8" keeps eight bits.'
         )
     low, high = float(array.min()), float(array.max())
     if not (low >= 0 and high <= 1):
@@ -155,10 +167,11 @@ def _described(image: Tensor | Array) -> str:
     return f"{'a tensor' if isinstance(image, Tensor) else 'an array'} {tuple(image.shape)} of {image.dtype}"
 
 
-def _layout(pixels: Tensor, channels: tuple[int, ...]) -> str:
-    if pixels.shape[0] not in channels:
-        return ""
-    return "If the channels are first, np.moveaxis(image, 0, -1) puts them last. "
+def _layout(image: Tensor | Array, channels: tuple[int, ...]) -> str:
+    if isinstance(image, Tensor):
+        last = image.shape[-1] in channels
+        return "If the channels are last, image.permute(2, 0, 1) puts them first. " if last else ""
+    return "If the channels are first, np.moveaxis(image, 0, -1) puts them last. " if image.shape[0] in channels else ""
 
 
 def _pixels(image: Image.Image) -> Tensor:
