@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from photos import tiles
 from solo_clone import CONF, HIDDEN_PROJECTION, MARKS, METHODS, ROOT, batch, build, compose, config, import_solo
+from test_properties import examples, numbers, result_or_our_error
 
 from logo_plugin import LoGoLoss, wrap
 from logo_plugin.losses import PRESETS
@@ -66,11 +69,27 @@ def test_ratio_where_it_cannot_be_taken(method, logo):
             build(f"logo_{method}", logo | changed)
 
 
+WORDS = ["logistic", "difference", "softplus", "logit", "pairs", "sum", "batch", "layer", "paper", "release"]
+
+
+@examples(0.1)
+@given(st.data())
+def test_any_options(data):
+    """Accepted and named, or refused by an error of ours."""
+    import_solo()
+    from logo_plugin.adapters.solo.options import OPTIONS
+
+    names, values = st.sampled_from([*OPTIONS, "lamda"]), st.one_of(numbers, st.sampled_from(WORDS))
+    logo = data.draw(st.dictionaries(names, values, max_size=4))
+    cfg = result_or_our_error(lambda: checked(usual_config(logo)))
+    assert cfg is None or cfg.name.startswith("run-")
+
+
 def test_ratio_where_another_output_hides_the_projection():
     """Outputs named by the user are judged by the first forward."""
     methods, _ = import_solo()
-    for proj, given in (("p", {}), ("z", {"proj": "z"})):
-        cls = wrap(type("Mine", (methods.NNSiam,), {}), **{"proj": proj} | given)
+    for proj, outputs in (("p", {}), ("z", {"proj": "z"})):
+        cls = wrap(type("Mine", (methods.NNSiam,), {}), **{"proj": proj} | outputs)
         cfg = cls.add_and_assert_specific_cfg(usual_config({"gradient_ratio": 0.1}, "nnsiam"))
         if proj == "p":
             cls(cfg)
