@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logo_plugin.affinity import Affinity, full_precision
-from logo_plugin.checks import choice, flag, positive_integer
+from logo_plugin.checks import choice, flag, positive_integer, unknown_option
 from logo_plugin.losses import LoGoLoss, LoGoTerms, info_nce
 from logo_plugin.modes import eval_mode
 from logo_plugin.recomputing import local_forwards
-from logo_plugin.wrapping import unknown_option
 
 _BELOW = {"momentum": 1.0, "temperature": math.inf}
 # The papers': BYOL arXiv 2006.07733, SimSiam 2011.10566, MoCo v2 2003.04297.

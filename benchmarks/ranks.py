@@ -1,8 +1,11 @@
 """Two gloo ranks on the CPU: what each term sees of the other rank, whether ranks stay equal, DDP and FSDP2.
 
     python benchmarks/ranks.py          # Linux; about 3 minutes of CPU time
+    SOLO_LEARN_ROOT=... python benchmarks/ranks.py --only solo
+    python benchmarks/ranks.py --only stable     # where stable-pretraining is installed
 
-For each model of the adapters' contract (tests/adapter_contract.py) on each rank:
+For each model of the adapters' contract (tests/adapter_contract.py) on each rank, solo-learn's methods on a ResNet of
+two stages:
 
 - the terms of two forwards in the process group against those of the same rank alone, in a process without a group.
   "rank": equal, the term sees the images of its own rank only; "gathered": it depends on the other rank's in the first
@@ -16,7 +19,9 @@ For each model of the adapters' contract (tests/adapter_contract.py) on each ran
 
 import argparse
 import functools
+import importlib.util
 import logging
+import os
 import sys
 import tempfile
 import warnings
@@ -69,6 +74,15 @@ def cases():
     builds = {name: functools.partial(gathering, hosts.SimCLR, gathered_loss(loss)) for name, loss in losses.items()}
     for name, build in (builds | {"moco": gathering_moco, "tico": gathering_tico}).items():
         found[f"{name}, gather_distributed"] = replace(found[name], build=build)
+    if os.environ.get("SOLO_LEARN_ROOT"):
+        import test_solo
+
+        found |= {f"solo-learn {name}": case for name, case in test_solo.SMALL.items()}
+    if importlib.util.find_spec("stable_pretraining"):
+        import methods_stable
+
+        stable = methods_stable.CASES | {"nnclr": methods_stable.case("nnclr", filled=16)}
+        found |= {f"stable-pretraining {name}": case for name, case in stable.items()}
     return found
 
 
@@ -127,6 +141,10 @@ def fsdp(case, rank):
     model, _ = make(case)
     for name, part in model.named_children():
         part = getattr(part, "affinity", part)  # LoGoLoss has no forward that is called, its affinity has
+        for wrapper in part.modules():  # stable-pretraining's TeacherStudentWrapper calls its two, not itself
+            if hasattr(wrapper, "student") and hasattr(wrapper, "teacher"):
+                fully_shard(wrapper.student)
+                fully_shard(wrapper.teacher)
         # Nor has lightly's online classifier: its parameters belong to the whole.
         if name != "online_classifier" and any(True for _ in part.parameters()):
             fully_shard(part)
@@ -139,11 +157,10 @@ def fsdp(case, rank):
     return float(max(differences))
 
 
-def run(rank, folder, only):
+def run(rank, folder, chosen):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    chosen = {name: case for name, case in cases().items() if only in name}
     alone = {name: first_terms(case, rank) for name, case in chosen.items()}
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for name, case in chosen.items():
@@ -180,11 +197,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="rows whose name holds this")
     only = parser.parse_args().only
+    chosen = {name: case for name, case in cases().items() if only in name}
     print(f"torch {torch.__version__}, two gloo ranks of 6 images, {STEPS} steps\n")
     head = ["model", *TERMS, "parameters of ranks", "affinity of ranks", "FSDP2 against DDP"]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(run, (folder, only), nprocs=2, start_method="fork")
+        mp.start_processes(run, (folder, chosen), nprocs=2, start_method="fork")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
     python benchmarks/resume.py             # Linux: the runs are forked; about 5 minutes of CPU time
     python benchmarks/resume.py --only moco
+    SOLO_LEARN_ROOT=... python benchmarks/resume.py --only solo     # its main_pretrain.py, resumed by its AutoResumer
 
 Each run trains on tiles of photographs, 16 batches an epoch, with a checkpoint after step 8. It is killed (SIGKILL)
 in step 11, between backward and optimizer, and resumed in a new process up to step 28, in the next epoch. A step counts
 as equal if its loss is, to the last bit; "all" that the final weights are, too. The same without LoGo stands beside.
 
 The cures are below: `Batches` and `ResumableLoader` (data), `SeedEachStep` (what the step itself draws) and
-`keep_bank`, `keep_covariance` (state of lightly's losses that is in no checkpoint).
+`keep_bank`, `keep_covariance`, `KeepTau` (state of lightly's losses and of solo-learn that is in no checkpoint).
 """
 
 import argparse
@@ -17,6 +18,7 @@ import hashlib
 import logging
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import tempfile
@@ -33,6 +35,7 @@ from logo_plugin import LoGoLearner, MultiCropCollate, wrap
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import hosts
+import solo_clone
 from photos import tiles
 
 IMAGES, BATCH = 64, 4
@@ -92,10 +95,19 @@ class ResumableLoader(DataLoader):
 
 
 class SeedEachStep(pl.Callback):
-    """What a step draws (the affinity's noise and negatives, dropout) follows from its number: no state to save."""
+    """What a step draws (the affinity's noise and negatives, dropout) follows from its number: no state to save.
+
+    What a shuffling loader with workers draws follows from the epoch's, which is enough if checkpoints end epochs.
+    """
 
     def __init__(self, seed=0):
         self.seed = seed
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        torch.manual_seed(hash((self.seed, trainer.current_epoch)))
+
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+        torch.manual_seed(hash((self.seed, checkpoint["epoch"] + 1)))  # before its epoch starts, the loader draws
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         torch.manual_seed(hash((self.seed, trainer.global_rank, trainer.current_epoch, batch_idx)))
@@ -111,6 +123,14 @@ def keep_covariance(tico_loss, features):
     """Puts the moving covariance of lightly's TiCoLoss into the state_dict; zeros are what it starts with."""
     del tico_loss.C
     tico_loss.register_buffer("C", torch.zeros(features, features))
+
+
+class KeepTau(pl.Callback):
+    """solo-learn's EMA factor, which follows a cosine, goes on where it was; by itself it is `base_tau` for a step."""
+
+    def on_train_start(self, trainer, pl_module):
+        if trainer.global_step:
+            pl_module.momentum_updater.update_tau(trainer.global_step, trainer.estimated_stepping_batches)
 
 
 def lightning_run(make, logo, cures, folder, part):
@@ -162,6 +182,32 @@ class Record(pl.Callback):
         weights = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
         with self.file.open("a") as file:
             file.write(f"weights {hashlib.sha256(weights).hexdigest()}\n")
+
+
+def solo_run(method, logo, cures, folder, part):
+    """main_pretrain.py of the clone, the same command each time; a checkpoint at each end of an epoch, of 4 steps."""
+    methods, _ = solo_clone.import_solo()
+    record = Record(folder / part, KILLED if part == "killed" else None)
+    callbacks = [record, *[SeedEachStep()] * ("steps" in cures), *[KeepTau()] * ("state" in cures)]
+    # main_pretrain.py takes no callbacks; in a copy of it, one puts them into its list.
+    methods.BaseMethod.configure_callbacks = lambda model: callbacks
+    methods.BaseMethod.on_train_end = lambda model: record.digest(model)
+    os.chdir(folder / ("whole" if part == "whole" else "killed"))
+    for i, (image, label) in enumerate(tiles(4 * BATCH)):
+        os.makedirs(f"data/{label}", exist_ok=True)
+        image.save(f"data/{label}/{i}.png")
+    overlay = [f"+logo={method}", "augmentations=logo_cifar", "+method_kwargs.logo.local_weight=0.1"]
+    sizes = {"proj_hidden_dim": 24, "proj_output_dim": 16, "pred_hidden_dim": 24, "queue_size": 64}
+    sys.argv = [
+        *("main_pretrain.py", "--config-path", f"{solo_clone.ROOT}/scripts/pretrain/cifar", "--config-name", method),
+        *(overlay if logo else []),
+        *("accelerator=cpu", "devices='1'", "strategy=auto", "precision=32", "sync_batchnorm=False"),
+        *("data.format=image_folder", "data.dataset=custom", "data.train_path=data", "data.val_path=null"),
+        *("data.num_workers=2", f"optimizer.batch_size={BATCH}", "checkpoint.dir=checkpoints", "wandb.enabled=False"),
+        *("backbone.name=resnet_small", f"max_epochs={STEPS // 4}", "+enable_progress_bar=False"),
+        *(f"++method_kwargs.{key}={size}" for key, size in sizes.items()),
+    ]
+    runpy.run_path(f"{solo_clone.ROOT}/main_pretrain.py", run_name="__main__")
 
 
 def loop_run(make, logo, cures, folder, part):
@@ -247,6 +293,7 @@ LIGHTNING = {"byol": hosts.BYOL, "moco": hosts.MoCo, "simclr": hosts.SimCLR, "ti
 LOOPS = {f"loop {m}": functools.partial(plain, m) for m in ("byol", "moco")} | {
     f"learner {m}": functools.partial(learner, m) for m in ("byol", "moco")
 }
+SOLO = {f"solo-learn {m}": m for m in ("byol", "simsiam", "mocov2plus", "nnclr")}
 LEVELS = {"as is": (), "data": ("data",), "steps": ("data", "steps"), "state": ("data", "steps", "state")}
 
 
@@ -265,11 +312,13 @@ def quiet(run, *arguments):
 
 
 def compare(run, make, logo, cures):
-    """Equal steps after resuming, of 20, and whether the final weights are equal."""
+    """Equal steps after resuming, of 20, and whether the final weights are; or that the host could not resume."""
     with tempfile.TemporaryDirectory() as folder:
         files = {}
         for part in ("whole", "killed", "resumed"):
             code = forked(run, make, logo, cures, Path(folder), part)
+            if part == "resumed" and code == 1:
+                return "does not resume"
             if code != (-signal.SIGKILL if part == "killed" else 0):
                 raise RuntimeError(f"the {part} run of {make} ended with {code}")
             files[part] = (Path(folder) / part / "losses").read_text().split("\n")[:-1]
@@ -278,7 +327,8 @@ def compare(run, make, logo, cures):
         raise RuntimeError("two runs from the start differ: there is something that no seed reaches")
     if [line.split()[0] for line in whole] != [line.split()[0] for line in resumed]:
         raise RuntimeError(f"the resumed run made other steps: {resumed}")
-    return sum(a == b for a, b in zip(whole[:-1], resumed[:-1], strict=True)), whole[-1] == resumed[-1]
+    equal = sum(a == b for a, b in zip(whole[:-1], resumed[:-1], strict=True))
+    return f"{equal}{', all' if whole[-1] == resumed[-1] else ''}"
 
 
 def main():
@@ -287,21 +337,24 @@ def main():
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     print(f"torch {torch.__version__}, Lightning {pl.__version__}; steps of {STEPS - SAVED} equal after resuming\n")
-    print("| | as is | + `ResumableLoader` | + `SeedEachStep` | + bank or covariance kept |\n|---|---|---|---|---|")
-    for name, make in (LIGHTNING | LOOPS).items():
-        if arguments.only not in name:
+    print("| | as is | + `ResumableLoader` | + `SeedEachStep` | + host's own state kept |\n|---|---|---|---|---|")
+    runs = {name: lightning_run for name in LIGHTNING} | {name: loop_run for name in LOOPS}
+    if solo_clone.ROOT:
+        solo_clone.import_solo()
+        runs |= {name: solo_run for name in SOLO}
+    for name, make in (LIGHTNING | LOOPS | SOLO).items():
+        if name not in runs or arguments.only not in name:
             continue
         for logo in (False, True):
             if name.startswith("learner") and not logo:
                 continue
-            has_state = name in ("moco", "loop moco", "tico")
+            has_state = name in ("moco", "loop moco", "tico", "solo-learn byol", "solo-learn mocov2plus")
             cells = []
             for level, cures in LEVELS.items():
-                if level == "state" and not has_state:
+                if (level == "state" and not has_state) or (level == "data" and name in SOLO):
                     cells.append("-")
                     continue
-                equal, weights = compare(lightning_run if name in LIGHTNING else loop_run, make, logo, cures)
-                cells.append(f"{equal}{', all' if weights else ''}")
+                cells.append(compare(runs[name], make, logo, cures))
             print(f"| {name}, {'LoGo' if logo else 'stock'} | {' | '.join(cells)} |", flush=True)
 
 

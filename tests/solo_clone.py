@@ -34,7 +34,18 @@ def import_solo():
         warnings.simplefilter("ignore")
         import logo_plugin.adapters.solo
         import solo.methods
+    solo.methods.BaseMethod._BACKBONES.setdefault("resnet_small", small_backbone)
     return solo.methods, logo_plugin.adapters.solo
+
+
+def small_backbone(method: str, **options: Any):
+    """torchvision's ResNet-18 up to its second stage: 0.7 of its 11 million parameters."""
+    from torchvision.models import resnet18
+
+    model = resnet18(**options)
+    model.layer3 = model.layer4 = torch.nn.Identity()
+    model.inplanes = 128
+    return model
 
 
 def config(method: str, logo: dict[str, Any] | None = None, small: int = 2, **backbone: Any):

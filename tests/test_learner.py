@@ -187,6 +187,7 @@ def test_bfloat16_and_a_compiled_backbone():
         ({"momentun": 0.9}, TypeError, r"unknown option momentun; did you mean momentum\?"),
         ({"method": "simsiam", "queue_size": 8}, TypeError, r"method='simsiam'.*unknown option queue_size"),
         ({"similarity": "cosine"}, TypeError, "unknown option similarity"),
+        ({"gradient_ratio": 0.1, "local_global_weight": 0}, ValueError, "local_global_weight=0 leaves none"),
         ({"lr": 0.1}, TypeError, r"unknown option lr; none is near\. There are affinity, "),
         ({"lamda": 0.1}, TypeError, r"unknown option lamda; did you mean local_weight\?"),
         ({"lambda": 0.1}, TypeError, r"unknown option lambda; did you mean local_weight\?"),

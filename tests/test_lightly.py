@@ -631,6 +631,12 @@ class TestErrors:
             (hosts.BYOL, {"zzz": 1}, TypeError, r"unknown option zzz; none is near\. There are affinity, "),
             (hosts.BYOL, {"similarity": "cosine"}, TypeError, r"unknown option similarity"),
             (hosts.BYOL, {"local_weight": -1}, ValueError, r"local_weight must be a finite number >= 0, got -1"),
+            (
+                hosts.BYOL,
+                {"local_global_weight": 0, "preset": "release"},
+                ValueError,
+                r"gradient_ratio=0\.015 .*leaves none",
+            ),
             (hosts.BYOL, {"criterion": "loss"}, ValueError, r"criterion='loss' is neither a loss module nor"),
             (hosts.BYOL, {"affinity": 16}, ValueError, r"affinity must be a module .*got 16"),
             (hosts.BYOL, {"global_crops": 1}, ValueError, r"global_crops must be an integer >= 2, got 1"),

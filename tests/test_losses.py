@@ -590,6 +590,40 @@ def test_bad_option(options, message):
         LoGoLoss(**options)
 
 
+@pytest.mark.parametrize("make", [functools.partial(LoGoLoss, gradient_ratio=0.1), LoGoLoss.release])
+def test_a_ratio_of_nothing_is_refused(make):
+    """Without a pull of local crops the ratio caps the repulsion at zero; without an affinity there is none to cap."""
+    with pytest.raises(ValueError, match=r"local_global_weight=0 leaves none.*fixed local_weight"):
+        make(affinity=Affinity(8), local_global_weight=0)
+    make(local_global_weight=0)
+    LoGoLoss.release(affinity=Affinity(8), local_global_weight=0, local_weight=1e-4)
+    LoGoLoss(affinity=Affinity(8), local_global_weight=0, gradient_ratio=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (LoGoLoss, {"lamda": 0.1}, r"^LoGoLoss: unknown option lamda; did you mean local_weight\?"),
+        (LoGoLoss, {"weight": 0.1}, r"unknown option weight; did you mean local_weight\?"),
+        (LoGoLoss.release, {"lr": 0.1}, r"unknown option lr; none is near\. There are affinity, "),
+        (
+            functools.partial(Affinity, 8),
+            {"hiden_dim": 4},
+            r"^Affinity: unknown option hiden_dim; did you mean hidden_dim\?",
+        ),
+    ],
+)
+def test_unknown_options_are_named(make, options, message):
+    with pytest.raises(TypeError, match=message):
+        make(**options)
+
+
+@pytest.mark.parametrize("cls", [LoGoLoss, Affinity])
+def test_the_signature_stays_typed(cls):
+    parameters = list(inspect.signature(cls).parameters.values())
+    assert all(p.annotation is not p.empty and p.kind is not p.VAR_KEYWORD for p in parameters)
+
+
 def test_an_empty_batch_is_an_error_without_affinity_too():
     empty = views((0, 8), (0, 8))
     with pytest.raises(ValueError, match="at least one image"):

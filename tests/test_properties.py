@@ -1,22 +1,25 @@
-"""For whatever they are given, the loss and the crops give finite results or an error of ours; nothing else.
+"""For whatever they are given, the loss, the crops and wrap give finite results or an error of ours; nothing else.
 
 2,000 examples in all; `make soak` draws ten times as many (HYPOTHESIS_EXAMPLES=20000).
 """
 
+import inspect
 import io
 import linecache
 import math
 import os
 import warnings
 
+import hosts
 import pytest
 import torch
+from adapter_contract import views
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from logo_plugin import Affinity, LoGoLoss, MultiCropCollate, MultiCropTransform, crop_overlap, diagnose, info_nce
+from logo_plugin import Affinity, LoGoLoss, MultiCropCollate, MultiCropTransform, crop_overlap, diagnose, info_nce, wrap
 
 EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "2000"))
 
@@ -36,7 +39,7 @@ def result_or_our_error(call):
     """What the call gives; None where it raised an error that a `raise` in this package made."""
     try:
         return call()
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         trace = error.__traceback__
         while trace.tb_next is not None:
             trace = trace.tb_next
@@ -69,10 +72,28 @@ LOSS_OPTIONS = st.fixed_dictionaries(
 )
 
 
-@examples(0.25)
+@examples(0.2)
 @given(LOSS_OPTIONS)
 def test_options_of_the_loss(options):
     result_or_our_error(lambda: LoGoLoss(**options))
+
+
+words = st.sampled_from(["projection_head", "backbone", "forward", "criterion", "nothing", "auto"])
+anything = st.one_of(numbers, words, st.sampled_from([nn.Linear(4, 1), len, [], nn.Identity]))
+WRAP_OPTIONS = [*inspect.signature(wrap).parameters][1:-1]
+
+
+@examples(0.05)
+@given(st.dictionaries(st.sampled_from(WRAP_OPTIONS), anything, max_size=3))
+def test_options_of_wrap(options):
+    """What wrap accepts trains, or its first step refuses it."""
+    model = result_or_our_error(lambda: wrap(hosts.BYOL(), **options))
+    if model is None:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loss = result_or_our_error(lambda: model.training_step([views(), None], 0))
+    assert loss is None or loss.isfinite()
 
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -244,4 +265,4 @@ def test_boxes_lie_in_the_image(width, height, seed):
 
 
 def test_the_shares_are_whole():
-    assert pytest.approx(1) == 0.25 + 0.4 + 0.15 + 0.15 + 0.05
+    assert pytest.approx(1) == 0.2 + 0.05 + 0.4 + 0.15 + 0.15 + 0.05

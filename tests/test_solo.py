@@ -5,7 +5,6 @@ import os
 import pickle
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,10 +32,10 @@ pytestmark = MARKS
 QUEUES = ("mocov2plus", "nnbyol", "nnsiam", "nnclr")
 
 
-def build_logo(method: str, affinity: Any = "auto", **options: Any):
+def build_logo(method: str, affinity: Any = "auto", backbone: str = "resnet18", **options: Any):
     if method in HIDDEN_PROJECTION and "gradient_ratio" in options:  # refused: test_bad_options
         options["local_weight"] = options.pop("gradient_ratio")
-    return build(f"logo_{method}", options | {"affinity": affinity is not None})
+    return build(f"logo_{method}", options | {"affinity": affinity is not None}, name=backbone)
 
 
 def loss(model, views):
@@ -49,16 +48,18 @@ def optimizer(model):
     return model.configure_optimizers()
 
 
-CONTRACT = {
-    method: AdapterCase(
-        host=partial(build, method),
-        build=partial(build_logo, method),
+def case(method, backbone="resnet18", **options):
+    return AdapterCase(
+        host=partial(build, method, name=backbone),
+        build=partial(build_logo, method, backbone=backbone, **options),
         loss=loss,
         optimizer=optimizer,
         shares_batch=method in ("mocov3", "nnclr", *SYMMETRIC),
     )
-    for method in METHODS
-}
+
+
+CONTRACT = {method: case(method) for method in METHODS}
+SMALL = {method: case(method, "resnet_small") for method in METHODS}
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -68,8 +69,7 @@ def test_contract(method, check):
 
 
 def test_contract_on_two_ranks(tmp_path):
-    cases = {method: CONTRACT[method] for method in ("mocov2plus", "nnclr", "simclr", "barlow_twins", "vicreg")}
-    cases["mocov3"] = replace(CONTRACT["mocov3"], build=partial(build_logo, "mocov3", local_predictor=True))
+    cases = SMALL | {"mocov3, local predictor": case("mocov3", "resnet_small", local_predictor=True)}
     check_two_ranks(cases, tmp_path)
 
 

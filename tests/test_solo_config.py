@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from photos import tiles
 from solo_clone import CONF, HIDDEN_PROJECTION, MARKS, METHODS, ROOT, batch, build, compose, config, import_solo
+from test_properties import examples, numbers, result_or_our_error
 
-from logo_plugin import LoGoLoss, crop_overlap
+from logo_plugin import LoGoLoss, crop_overlap, wrap
 from logo_plugin.losses import PRESETS
 
 pytestmark = MARKS
@@ -46,7 +49,8 @@ pytestmark = MARKS
         ({"affinity": False, "affinity_norm": "layer"}, r"affinity_norm=layer: without effect beside .*affinity=false"),
         ({"local_weight": 0.0, "repulsion": "logit"}, r"repulsion=logit: without effect beside .*local_weight=0\."),
         ({"local_global_weight": 0.0, "local_predictor": True}, r"local_predictor=true: without effect beside"),
-        ({"local_global_weight": 0.0, "gradient_ratio": 0.1}, r"gradient_ratio=0\.1: without effect beside"),
+        ({"local_global_weight": 0.0, "gradient_ratio": 0.1}, r"gradient_ratio=0\.1 .*local_global_weight=0 leaves"),
+        ({"local_global_weight": 0.0, "preset": "release"}, r"gradient_ratio=0\.015 .*local_global_weight=0 leaves"),
         (3, "must be a mapping"),
     ],
 )
@@ -58,12 +62,44 @@ def test_bad_options(logo, message):
 @pytest.mark.parametrize("logo", [{"gradient_ratio": 0.1}, {"preset": "release"}])
 @pytest.mark.parametrize("method", HIDDEN_PROJECTION)
 def test_ratio_where_it_cannot_be_taken(method, logo):
-    with pytest.raises(
-        ValueError, match=r"logo\.gradient_ratio=0\.\d+ .*Set method_kwargs\.logo\.gradient_ratio=null and"
-    ):
-        build(f"logo_{method}", logo)
+    """The config check says so, before a model is built; the preset's own ratio is no better."""
+    message = (
+        r"logo\.gradient_ratio=0\.\d+ .*Leave method_kwargs\.logo\.gradient_ratio out and set .*logo\.local_weight"
+    )
+    with pytest.raises(ValueError, match=message):
+        checked(usual_config(logo, method))
     if "preset" in logo:  # the rest of the preset can be had
-        build(f"logo_{method}", logo | {"local_weight": 1e-4})
+        for changed in ({"local_weight": 1e-4}, {"affinity": False}):
+            build(f"logo_{method}", logo | changed)
+
+
+WORDS = ["logistic", "difference", "softplus", "logit", "pairs", "sum", "batch", "layer", "paper", "release"]
+
+
+@examples(0.1)
+@given(st.data())
+def test_any_options(data):
+    """Accepted and named, or refused by an error of ours."""
+    import_solo()
+    from logo_plugin.adapters.solo.options import OPTIONS
+
+    names, values = st.sampled_from([*OPTIONS, "lamda"]), st.one_of(numbers, st.sampled_from(WORDS))
+    logo = data.draw(st.dictionaries(names, values, max_size=4))
+    cfg = result_or_our_error(lambda: checked(usual_config(logo)))
+    assert cfg is None or cfg.name.startswith("run-")
+
+
+def test_ratio_where_another_output_hides_the_projection():
+    """Outputs named by the user are judged by the first forward."""
+    methods, _ = import_solo()
+    for proj, outputs in (("p", {}), ("z", {"proj": "z"})):
+        cls = wrap(type("Mine", (methods.NNSiam,), {}), **{"proj": proj} | outputs)
+        cfg = cls.add_and_assert_specific_cfg(usual_config({"gradient_ratio": 0.1}, "nnsiam"))
+        if proj == "p":
+            cls(cfg)
+        else:
+            with pytest.raises(ValueError, match=r"gradient_ratio=0\.1 compares gradients at the projection"):
+                cls(cfg)
 
 
 def test_too_few_crops():

@@ -81,6 +81,8 @@ def wrap(
             )
         return _logo_class(method, Outputs(**{"proj": pred, "scale": 1.0} | given))
     mixins = (Neighbours,) if issubclass(parent, Neighbours) else ()
+    if given.keys() & {"pred", "proj"}:
+        given["hidden"] = False  # the first forward finds out
     return _logo_class(method, parent.outputs._replace(**given), *mixins)
 
 
@@ -107,14 +109,14 @@ def _known(method: type, *outputs: Any, mixins: tuple[type, ...] = ()) -> Any:
     return KNOWN[method]
 
 
-# prediction, target, projection, scale, similarity
+# prediction, target, projection, scale, similarity, and whether the projection is not what gives the prediction
 LoGoBYOL = _known(methods.BYOL, "p", "momentum_z", "z", 2.0, similarities.byol)
 LoGoSimSiam = _known(methods.SimSiam, "p", "z", "z", 1.0, similarities.simsiam)
 LoGoMoCoV2Plus = _known(methods.MoCoV2Plus, "z", "momentum_z", "z", 1.0, similarities.mocov2plus)
 LoGoMoCoV3 = _known(methods.MoCoV3, "q", "momentum_k", "z", 2.0, similarities.mocov3)
 LoGoNNBYOL = _known(methods.NNBYOL, "p", "neighbours", "z", 2.0, similarities.byol, mixins=(Neighbours,))
-LoGoNNSiam = _known(methods.NNSiam, "p", "neighbours", "z", 1.0, similarities.simsiam, mixins=(Neighbours,))
-LoGoNNCLR = _known(methods.NNCLR, "p", "neighbours", "z", 1.0, similarities.nnclr, mixins=(Neighbours,))
+LoGoNNSiam = _known(methods.NNSiam, "p", "neighbours", "z", 1.0, similarities.simsiam, True, mixins=(Neighbours,))
+LoGoNNCLR = _known(methods.NNCLR, "p", "neighbours", "z", 1.0, similarities.nnclr, True, mixins=(Neighbours,))
 # Of two sides with gradient one is the prediction of local crops, the other their target.
 LoGoSimCLR = _known(methods.SimCLR, "z", "z", "z", 1.0, similarities.simclr)
 LoGoBarlowTwins = _known(methods.BarlowTwins, "z", "z", "z", 1.0, similarities.barlow_twins)

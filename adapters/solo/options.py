@@ -4,10 +4,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from logo_plugin.checks import choice
+from torch import nn
+
+from logo_plugin.checks import choice, unknown_option
 from logo_plugin.losses import PRESETS, LoGoLoss, with_preset
 from logo_plugin.placement import PLACEMENTS
-from logo_plugin.wrapping import unknown_option
 
 OWN: dict[str, Any] = {
     "affinity": True,
@@ -44,7 +45,7 @@ _IDLE: list[tuple[str, _Setting, tuple[str, ...]]] = [
     (
         "local_global_weight=0",
         lambda options: options["local_global_weight"] == 0,
-        ("average_targets", "local_predictor", "gradient_ratio"),
+        ("average_targets", "local_predictor"),
     ),
 ]
 
@@ -65,7 +66,8 @@ def checked(given: Any) -> dict[str, Any]:
             raise ValueError(f"{PREFIX}{name} must be true or false, got {given[name]!r}.")
     try:
         options = OPTIONS | with_preset(given.get("preset"), given)
-        LoGoLoss(**{name: options[name] for name in options if name not in OWN})
+        affinity = nn.CosineSimilarity() if options["affinity"] else None  # stands in for what is built later
+        LoGoLoss(affinity=affinity, **{name: options[name] for name in options if name not in OWN})
     except ValueError as error:
         raise ValueError(f"method_kwargs.logo: {error}") from error
     width = options["affinity_hidden_dim"]

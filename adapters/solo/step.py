@@ -9,7 +9,7 @@ from logo_plugin.adapters.solo import fast_crops
 from logo_plugin.adapters.solo.crops import check_counts
 from logo_plugin.adapters.solo.names import named
 from logo_plugin.adapters.solo.options import OWN, PREFIX, checked
-from logo_plugin.adapters.solo.trying import dry_run, output
+from logo_plugin.adapters.solo.trying import dry_run, output, refuse_ratio
 from omegaconf import DictConfig, OmegaConf
 from solo.methods.base import BaseMethod
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from logo_plugin.recomputing import local_forwards
 class Outputs(NamedTuple):
     """As in `wrap`, but `similarity` takes the model and the batch's indexes before each step.
 
-    It gives one loss, or one for each target.
+    It gives one loss, or one for each target. `hidden`: the prediction is not computed from `proj` itself.
     """
 
     pred: str
@@ -32,6 +32,7 @@ class Outputs(NamedTuple):
     proj: str
     scale: float
     similarity: Callable[[Any, Tensor], Similarity | list[Similarity]]
+    hidden: bool = False
 
 
 class LoGo(BaseMethod):
@@ -70,6 +71,8 @@ class LoGo(BaseMethod):
         cfg = super().add_and_assert_specific_cfg(cfg)
         given = cfg.method_kwargs.get("logo")
         options = checked(OmegaConf.to_container(given) if OmegaConf.is_config(given) else given or {})
+        if cls.outputs.hidden:
+            refuse_ratio(options, cfg.method)
         cfg.method_kwargs.logo = options
         check_counts(cfg, cfg.data.num_large_crops, cfg.data.num_small_crops, affinity=options["affinity"])
         if "name" in cfg:
@@ -121,7 +124,7 @@ class LoGo(BaseMethod):
             )
         if not torch.is_grad_enabled():  # a loss to look at: the method's own
             return torch.add(host_loss, found["class_loss"])
-        pred, target, proj, scale, _ = self.outputs
+        pred, target, proj, scale, *_ = self.outputs
         global_target = output(found, target, "target")
         if not self._similarity_checked:
             self._similarity_checked = True

@@ -1,12 +1,13 @@
 """One image of each crop size through a new model: what does not fit must not wait for the first step."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from logo_plugin.adapters.solo.options import PREFIX
 from omegaconf import DictConfig, ListConfig
-from torch import Tensor
 
+from logo_plugin.losses import PRESETS
 from logo_plugin.modes import eval_mode
 
 _SIZE_HINTS = {"vit": "+backbone.kwargs.dynamic_img_size=True", "swin": "+backbone.kwargs.strict_img_size=False"}
@@ -33,7 +34,10 @@ def dry_run(model: Any, cfg: DictConfig) -> int:
                 f"Try {hint}, or a backbone that takes any size, such as resnet18."
             ) from error
     pred, proj = (output(found, getattr(model.outputs, name), name) for name in ("pred", "proj"))
-    _check_ratio(cfg, pred, proj)
+    if cfg.method_kwargs.logo.gradient_ratio is not None and pred is not proj:
+        (gradient,) = torch.autograd.grad(pred.sum(), proj, allow_unused=True)
+        if gradient is None:
+            refuse_ratio(cfg.method_kwargs.logo, cfg.method)
     return int(proj.shape[-1])
 
 
@@ -44,15 +48,13 @@ def output(found: dict[str, Any], key: str, name: str) -> Any:
     return found[key]
 
 
-def _check_ratio(cfg: DictConfig, pred: Tensor, proj: Tensor) -> None:
-    options = cfg.method_kwargs.logo
-    if options.gradient_ratio is None or pred is proj:
-        return
-    (gradient,) = torch.autograd.grad(pred.sum(), proj, allow_unused=True)
-    if gradient is None:
-        preset = f" (of {PREFIX}preset={options.preset})" if options.preset == "release" else ""
+def refuse_ratio(options: Mapping[str, Any], method: str) -> None:
+    """ValueError if the options ask for `gradient_ratio`, of a method that hides its projection."""
+    ratio, preset = options["gradient_ratio"], options["preset"]
+    if ratio is not None and options["affinity"]:
+        of_preset = f" (of {PREFIX}preset={preset})" if ratio == PRESETS.get(preset, {}).get("gradient_ratio") else ""
         raise ValueError(
-            f"{PREFIX}gradient_ratio={options.gradient_ratio}{preset} compares gradients at the projection, and "
-            f"{cfg.method} does not compute its prediction from it, but from what it normalises to get it. Set "
-            f"{PREFIX}gradient_ratio=null and a fixed {PREFIX}local_weight."
+            f"{PREFIX}gradient_ratio={ratio}{of_preset} compares gradients at the projection, and {method} does not "
+            f"compute its prediction from it, but from what it normalises to get it. Leave {PREFIX}gradient_ratio out "
+            f"and set a fixed {PREFIX}local_weight."
         )

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from logo_plugin.checks import positive_integer
+from logo_plugin.checks import options_by_name, positive_integer
 from logo_plugin.layers import run_layers
 
 
@@ -23,6 +23,7 @@ class Affinity(nn.Module):
             the pairs; LayerNorm makes it judge each pair by itself.
 
     Raises:
+        TypeError: If an option is unknown.
         ValueError: If `dim` or `hidden_dim` is not a positive integer, or `norm` is unknown.
 
     Example:
@@ -30,6 +31,7 @@ class Affinity(nn.Module):
         torch.Size([32])
     """
 
+    @options_by_name
     def __init__(self, dim: int, hidden_dim: int = 256, norm: Literal["batch", "layer"] = "batch") -> None:
         super().__init__()
         positive_integer("dim", dim)

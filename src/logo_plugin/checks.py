@@ -1,12 +1,17 @@
 """What arguments must be, and the messages when they are not."""
 
+import difflib
+import functools
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
 
 Views = Tensor | Sequence[Tensor]
+P = ParamSpec("P")
 
 
 def as_views(name: str, value: Views | None) -> list[Tensor]:
@@ -96,3 +101,28 @@ def flag(name: str, value: bool) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}.")
     return value
+
+
+def options_by_name(init: Callable[P, None]) -> Callable[P, None]:
+    """For an `__init__`: refuses names that it does not have with `unknown_option`'s message."""
+    valid = list(inspect.signature(init).parameters)[1:]
+
+    @functools.wraps(init)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        for name in kwargs.keys() - valid:
+            raise TypeError(f"{init.__qualname__.split('.')[0]}: {unknown_option(name, valid)}")
+        init(*args, **kwargs)
+
+    return checked
+
+
+def unknown_option(name: str, valid: Iterable[str], prefix: str = "") -> str:
+    """What is said of an option that is none of `valid`: what is near, if anything is, and all of them."""
+    valid = sorted(valid)
+    near = ["local_weight"] if name.strip("_").lower() in _LAMBDA and "local_weight" in valid else []
+    near = near or difflib.get_close_matches(name, valid, n=1) or [v for v in valid if name in v.split("_")][:3]
+    asked = f"did you mean {' or '.join(prefix + v for v in near)}?" if near else "none is near."
+    return f"unknown option {prefix}{name}; {asked} There are {', '.join(valid)}."
+
+
+_LAMBDA = ("lambda", "lamda", "lambd", "lmbda", "lam")

@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from logo_plugin.augment import Recipe, augment, blur_radius
-from logo_plugin.checks import choice
+from logo_plugin.checks import choice, unknown_option
 from logo_plugin.decoding import ImageLike, UndecodableError, decode, decode_channels
 from logo_plugin.placement import PLACEMENTS, placed
-from logo_plugin.wrapping import unknown_option
 
 Range = tuple[float, float]
 T = TypeVar("T", bound="MultiCropTransform")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from logo_plugin.affinity import full_precision
 from logo_plugin.affinity_terms import affinity_loss, affinity_terms, local_local_loss
-from logo_plugin.checks import Views, as_views, flag, same_shape, shapes
+from logo_plugin.checks import Views, as_views, flag, options_by_name, same_shape, shapes
 from logo_plugin.checks import choice as _choice
 from logo_plugin.checks import weight as _weight
 from logo_plugin.presets import PRESETS, with_preset
@@ -72,7 +72,8 @@ class LoGoLoss(nn.Module):
             whose targets disagree no longer count less.
 
     Raises:
-        ValueError: If an option is unknown or out of its range.
+        TypeError: If an option is unknown.
+        ValueError: If an option is out of its range, or two exclude each other.
 
     Example:
         >>> criterion = LoGoLoss(affinity=Affinity(dim=256))
@@ -85,6 +86,7 @@ class LoGoLoss(nn.Module):
         >>> terms.total.backward()
     """
 
+    @options_by_name
     def __init__(
         self,
         *,
@@ -124,6 +126,12 @@ class LoGoLoss(nn.Module):
         self.repulsion = _choice("repulsion", repulsion, ("softplus", "logit"))
         self.reduction = _choice("reduction", reduction, ("pairs", "sum"))
         self.average_targets = flag("average_targets", average_targets)
+        if affinity is not None and gradient_ratio and not local_global_weight:
+            raise ValueError(
+                f"gradient_ratio={gradient_ratio} is a fraction of the gradient that pulls local crops to global ones, "
+                "and local_global_weight=0 leaves none: nothing would be repelled. Give a fixed local_weight instead "
+                "(it replaces a preset's gradient_ratio, too), or local_global_weight > 0."
+            )
 
     @classmethod
     def paper(cls, **options: Any) -> "LoGoLoss":

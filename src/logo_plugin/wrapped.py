@@ -191,7 +191,8 @@ def attach(x: Any, mixin: type[LoGoModel], settings: Settings, options: dict[str
     """
     _check(settings)
     options = with_preset(preset, options)
-    LoGoLoss(**options)  # a bad value should fail here, not when the class is instantiated
+    # A bad value should fail here, not when the class is instantiated; the cosine stands in for what is built then.
+    LoGoLoss(affinity=nn.CosineSimilarity() if settings.affinity == "auto" else settings.affinity, **options)  # type: ignore[arg-type]
     base: Any = x if isinstance(x, type) else type(x)
     if issubclass(base, LoGoModel):
         raise ValueError(f"{base.__name__} is wrapped already.")

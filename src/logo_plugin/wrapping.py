@@ -1,15 +1,15 @@
 """`wrap`: finds the adapter for what it is given."""
 
-import difflib
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from logo_plugin.checks import unknown_option
 from logo_plugin.wrapped import LoGoModel, Settings, attach
 
 T = TypeVar("T")
@@ -131,15 +131,3 @@ def wrap(
         mixin = PlainModel
     preset = options.pop("preset")
     return attach(x, mixin, settings, options, preset)  # type: ignore[no-any-return]
-
-
-def unknown_option(name: str, valid: Iterable[str], prefix: str = "") -> str:
-    """What an adapter says of an option that is none of `valid`: what is near, if anything is, and all of them."""
-    valid = sorted(valid)
-    near = ["local_weight"] if name.strip("_").lower() in _LAMBDA and "local_weight" in valid else []
-    near = near or difflib.get_close_matches(name, valid, n=1) or [v for v in valid if name in v.split("_")][:3]
-    asked = f"did you mean {' or '.join(prefix + v for v in near)}?" if near else "none is near."
-    return f"unknown option {prefix}{name}; {asked} There are {', '.join(valid)}."
-
-
-_LAMBDA = ("lambda", "lamda", "lambd", "lmbda", "lam")
