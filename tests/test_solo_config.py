@@ -10,6 +10,7 @@ import pytest
 import torch
 from photos import tiles
 from solo_clone import CONF, HIDDEN_PROJECTION, MARKS, METHODS, ROOT, batch, build, compose, config, import_solo
+from torch.utils.data import default_collate
 
 from logo_plugin import LoGoLoss
 from logo_plugin.losses import PRESETS
@@ -28,6 +29,7 @@ pytestmark = MARKS
         ({"affinity": None}, "true or false, got None"),
         ({"preset": "papre"}, r"method_kwargs\.logo: preset must be one of \('paper', 'release'\), got 'papre'"),
         ({"local_predictor": 1}, r"local_predictor must be true or false, got 1"),
+        ({"fast_crops": "device"}, r'fast_crops must be true, false or "augment", got \'device\''),
         ({"average_targets": "yes"}, r"average_targets must be True or False, got 'yes'"),
         ({"local_weight": -1.0}, r"method_kwargs\.logo: local_weight must be a finite number >= 0"),
         ({"local_weight": 0.1, "gradient_ratio": 0.1}, "not both"),
@@ -308,7 +310,7 @@ def stock_pipeline(crops):
 
 
 def test_fast_crops_follow_the_config():
-    """Without any chance left in it, a fast crop is solo-learn's crop to a rounding of 8 bits."""
+    """Without any chance left in it, a fast crop is solo-learn's crop to a rounding of 8 bits, wherever it is finished."""
     _, adapter = import_solo()
     still = {
         "rrc": {"crop_min_scale": 1.0, "crop_max_scale": 1.0},
@@ -320,17 +322,45 @@ def test_fast_crops_follow_the_config():
         "num_crops": 2,
     }
     crops = [crop_config(**still), crop_config(**(still | {"crop_size": [24, 24], "solarization": {"prob": 0.0}}))]
-    (image, _), *_ = tiles(1)
+    samples = [(7 + n, image, target) for n, (image, target) in enumerate(tiles(3))]
     stock = stock_pipeline(crops)
-    fast = adapter.FastCrops(crops, stock, return_boxes=True)
-    *views, boxes = pickle.loads(pickle.dumps(fast))(image)
-    expected = stock(image)
-    assert [v.shape for v in views] == [v.shape for v in expected]
-    # At scale 1 any ratio but 1 overflows the square image, so both fall back to the whole of it.
-    for view, other in zip(views, expected, strict=True):
-        torch.testing.assert_close(view, other, rtol=0, atol=2.01 / 255 / 0.24)
-    assert boxes.tolist() == [[0, 0, 48, 48]] * 4
-    assert len(adapter.FastCrops(crops, stock)(image)) == 4
+    expected = default_collate([(index, stock(image), target) for index, image, target in samples])
+    for defer in ("normalize", "augment"):
+        fast = adapter.FastCrops(crops, stock, defer=defer, return_boxes=True)
+        indexes, views, targets, boxes = pickle.loads(pickle.dumps(fast))(samples)
+        views = views.to("cpu")
+        assert torch.equal(indexes, expected[0])
+        assert torch.equal(targets, expected[2])
+        assert [v.shape for v in views] == [v.shape for v in expected[1]]
+        # At scale 1 any ratio but 1 overflows the square image, so both fall back to the whole of it.
+        for view, other in zip(views, expected[1], strict=True):
+            torch.testing.assert_close(view, other, rtol=0, atol=2.01 / 255 / 0.24)
+        assert boxes.tolist() == [[[0, 0, 48, 48]] * 3] * 4
+        assert len(adapter.FastCrops(crops, stock, defer=defer)(samples)) == 3
+
+
+def test_fast_crops_read_solo_learns_folder(tmp_path):
+    """Through solo-learn's own dataset and loader; a damaged file is named."""
+    import_solo()
+    from logo_plugin.adapters.solo.fast_crops import install
+    from solo.data.pretrain_dataloader import prepare_dataloader, prepare_datasets
+
+    crops = [crop_config(num_crops=2), crop_config(crop_size=24, num_crops=1)]
+    (tmp_path / "a").mkdir()
+    for i, (image, _) in enumerate(tiles(4)):
+        image.save(tmp_path / "a" / f"{i}.jpg")
+    dataset = prepare_datasets("custom", stock_pipeline(crops), tmp_path, "image_folder")
+    loader = prepare_dataloader(dataset, batch_size=4, num_workers=0)
+    loader.pin_memory = False
+    for _ in range(2):  # the second finds it done
+        install(loader, crops)
+    ((indexes, views, targets),) = loader
+    assert sorted(indexes.tolist()) == [0, 1, 2, 3]
+    assert targets.tolist() == [0] * 4
+    assert [tuple(view.shape) for view in views.to("cpu")] == [(4, 3, 32, 32)] * 2 + [(4, 3, 24, 24)]
+    (tmp_path / "a" / "2.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"image 2 of the dataset \(.*2\.jpg\): cannot decode"):
+        list(loader)
 
 
 @pytest.mark.parametrize(
