@@ -48,14 +48,14 @@ def rate(made, finish: bool) -> float:
     """Images per second of CPU time, from the first batch to the last."""
     workers, count, before = [], 0, 0.0
     for indexes, views, _ in made:
-        if finish:
-            views.to("cpu")
-        if not workers:
+        if not workers:  # at once, since they are already at the next batch
             workers = multiprocessing.active_children()
             before = seconds(workers)
-        else:
-            count += len(indexes)
-            after = seconds(workers)
+            continue
+        if finish:
+            views.to("cpu")
+        count += len(indexes)
+        after = seconds(workers)
     return count / (after - before)
 
 
@@ -68,10 +68,10 @@ def seconds(workers) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="an ImageFolder, instead of the wheels' photographs")
-    parser.add_argument("--images", type=int, default=160, help="per round and contender, of the wheels' photographs")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--images", type=int, default=128, help="per round and contender, of the wheels' photographs")
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     sys.path.insert(0, os.environ["SOLO_LEARN_ROOT"])
     warnings.simplefilter("ignore")
@@ -90,12 +90,16 @@ def main() -> None:
                 found = rate(loader(root, options.batch, options.workers, fast), finish=fast == "normalize")
                 if round_ >= 0:
                     rates[name].append(found)
-    print(f"{options.images} images a round, {options.rounds} rounds, {options.workers} worker(s), batch {options.batch},")
+    print(
+        f"{options.images} images a round, {options.rounds} rounds, {options.workers} worker(s), batch {options.batch},"
+    )
     print(f"1 thread, torch {torch.__version__}, {'--data' if options.data else '500 x 375 JPEG'}\n")
     print("| loader | images per CPU second, median (range) | x solo-learn, median (range) |\n|---|---|---|")
     for name, values in rates.items():
         ratios = [a / b for a, b in zip(values, rates["solo-learn"], strict=True)]
-        cells = [f"{statistics.median(v):.{d}f} ({min(v):.{d}f} to {max(v):.{d}f})" for v, d in ((values, 1), (ratios, 2))]
+        cells = [
+            f"{statistics.median(v):.{d}f} ({min(v):.{d}f} to {max(v):.{d}f})" for v, d in ((values, 1), (ratios, 2))
+        ]
         print(f"| {name} | {' | '.join(cells)} |")
 
 

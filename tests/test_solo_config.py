@@ -310,7 +310,7 @@ def stock_pipeline(crops):
 
 
 def test_fast_crops_follow_the_config():
-    """Without any chance left in it, a fast crop is solo-learn's crop to a rounding of 8 bits, wherever it is finished."""
+    """Without any chance left in it, a fast crop is solo-learn's to a rounding of 8 bits, wherever it is finished."""
     _, adapter = import_solo()
     still = {
         "rrc": {"crop_min_scale": 1.0, "crop_max_scale": 1.0},

@@ -70,7 +70,8 @@ class FastCrops:
                     grayscale_p=crop.grayscale.prob,
                     blur_p=crop.gaussian_blur.prob,
                     solarize_p=crop.solarization.prob,
-                    **statistics,
+                    mean=statistics["mean"],
+                    std=statistics["std"],
                 )
             )
 
