@@ -4,7 +4,8 @@ Everyone gets the same JPEG files and the same augmentations (scales 0.4-1 and 0
 p 0.8, gray p 0.2, blur p 0.5 sigma 0.1-2, flip, normalise) and gives a batch of views, decoding included. One thread
 each. First in one process, per second of CPU time: the contenders take turns, round by round, so that a machine whose
 speed drifts does so for all of them; ratios are medians over rounds. Then through a DataLoader, per second of wall
-clock. solo-learn takes part when SOLO_LEARN_ROOT names a clone, kornia and lightly when they are installed.
+clock. solo-learn takes part when SOLO_LEARN_ROOT names a clone; kornia, lightly and AlbumentationsX when they are
+installed. AlbumentationsX resizes bicubically without antialias, which is less work.
 
     python benchmarks/crop_throughput.py    # photographs from the wheels of scikit-image and scikit-learn
     python benchmarks/crop_throughput.py --data DIR --json throughput.json
@@ -164,6 +165,36 @@ def kornia():
     return Batched(views)
 
 
+def albumentationsx():
+    """AGPL; only measured here. OpenCV decodes."""
+    import albumentations as A
+    import cv2
+    import numpy as np
+
+    cv2.setNumThreads(1)
+
+    def one(size, scale):
+        return A.Compose(
+            [
+                A.RandomResizedCrop((size, size), scale=scale, interpolation=cv2.INTER_CUBIC),
+                A.HorizontalFlip(),
+                A.ColorJitter((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1), p=0.8),
+                A.ToGray(p=0.2),
+                A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=0.5),
+                A.Normalize(MEAN, STD),
+                A.ToTensorV2(),
+            ]
+        )
+
+    pipelines = [one(size, scale) for size, scale in SIZES.items() for _ in range(2)]
+
+    def views(file):
+        image = cv2.cvtColor(cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+        return [pipeline(image=image)["image"] for pipeline in pipelines]
+
+    return views
+
+
 def contenders():
     """Name to (transform of the dataset, collate)."""
     made = {
@@ -173,7 +204,7 @@ def contenders():
         "torchvision v2 on PIL": (torchvision_v2(), default_collate),
         "torchvision v2 on uint8": (torchvision_v2(v2.functional.pil_to_tensor), default_collate),
     }
-    for name, make in (("lightly", lightly), ("solo-learn", solo_learn)):
+    for name, make in (("lightly", lightly), ("solo-learn", solo_learn), ("AlbumentationsX", albumentationsx)):
         try:
             made[name] = (make(), default_collate)
         except ImportError as error:
@@ -236,7 +267,7 @@ def main():
     if options.only:
         made = {name: value for name, value in made.items() if any(part in name for part in options.only)}
     rates = cpu_rates(made, files, options.images, options.rounds)
-    peers = [name for name in ("lightly", "solo-learn") if name in rates]
+    peers = [name for name in ("lightly", "solo-learn", "AlbumentationsX") if name in rates]
     print(f"{platform.machine()}, torch {torch.__version__}, torchvision {torchvision.__version__}, 1 thread each,")
     print(f"{len(files)} photographs, {options.rounds} rounds of {options.images} images\n")
     header = ["pipeline", "images/s of CPU time, median (range)", *(f"x {peer}" for peer in peers)]

@@ -278,3 +278,20 @@ def test_one_pass_compiles(norm):
         torch.testing.assert_close(one, other)
     for (name, one), other in zip(twin.named_buffers(), affinity.buffers(), strict=True):
         torch.testing.assert_close(one, other, msg=name)
+
+
+def test_of_more_than_two_crops_no_pair_is_made():
+    """What backward keeps of the projections grows with the crops, not with their pairs; of W it keeps two copies."""
+    images, crops, kept = 64, 6, []
+    for features in (256, 512):
+        affinity, storages = Affinity(features, 8), {}
+
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            terms = affinity_terms(affinity, projections(crops, images, features, dtype=torch.float32), noise=0.1)
+        sum(terms).backward()
+        kept.append(sum(storages.values()))
+    assert kept[1] - kept[0] <= 4 * 256 * (images * (crops + 2) + 2 * 2 * 8)

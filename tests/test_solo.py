@@ -640,10 +640,8 @@ def test_overlap_weighs_the_repulsion():
         model = build("logo_byol", options)
         logged = {}
         model.log_dict = lambda metrics, logged=logged, **kwargs: logged.update(metrics)
-        views = list(stock[1])
-        if boxes is not None:
-            views.append(torch.cat([together, together, *boxes]).expand(4, 4, 4))
-        model.training_step([stock[0], views, targets], 0)
+        crops = [] if boxes is None else [torch.stack([together, together, *boxes]).expand(4, 4, 4)]
+        model.training_step([*stock, targets, *crops], 0)
         found.append(logged["train_local_local"])
     assert found[1] == 0
     torch.testing.assert_close(found[2], found[0])

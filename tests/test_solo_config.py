@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from photos import tiles
 from solo_clone import CONF, HIDDEN_PROJECTION, MARKS, METHODS, ROOT, batch, build, compose, config, import_solo
 from test_properties import examples, numbers, result_or_our_error
+from torch.utils.data import default_collate
 
 from logo_plugin import LoGoLoss, crop_overlap, wrap
 from logo_plugin.losses import PRESETS
@@ -31,6 +32,7 @@ pytestmark = MARKS
         ({"affinity": None}, "true or false, got None"),
         ({"preset": "papre"}, r"method_kwargs\.logo: preset must be one of \('paper', 'release'\), got 'papre'"),
         ({"local_predictor": 1}, r"local_predictor must be true or false, got 1"),
+        ({"fast_crops": "device"}, r'fast_crops must be true, false or "augment", got \'device\''),
         ({"average_targets": "yes"}, r"average_targets must be True or False, got 'yes'"),
         ({"local_weight": -1.0}, r"method_kwargs\.logo: local_weight must be a finite number >= 0"),
         ({"local_weight": 0.1, "gradient_ratio": 0.1}, "not both"),
@@ -351,7 +353,7 @@ def stock_pipeline(crops):
 
 
 def test_fast_crops_follow_the_config():
-    """Without any chance left in it, a fast crop is solo-learn's crop to a rounding of 8 bits."""
+    """Without any chance left in it, a fast crop is solo-learn's to a rounding of 8 bits, wherever it is finished."""
     _, adapter = import_solo()
     still = {
         "rrc": {"crop_min_scale": 1.0, "crop_max_scale": 1.0},
@@ -363,17 +365,45 @@ def test_fast_crops_follow_the_config():
         "num_crops": 2,
     }
     crops = [crop_config(**still), crop_config(**(still | {"crop_size": [24, 24], "solarization": {"prob": 0.0}}))]
-    (image, _), *_ = tiles(1)
+    samples = [(7 + n, image, target) for n, (image, target) in enumerate(tiles(3))]
     stock = stock_pipeline(crops)
-    fast = adapter.FastCrops(crops, stock, return_boxes=True)
-    *views, boxes = pickle.loads(pickle.dumps(fast))(image)
-    expected = stock(image)
-    assert [v.shape for v in views] == [v.shape for v in expected]
-    # At scale 1 any ratio but 1 overflows the square image, so both fall back to the whole of it.
-    for view, other in zip(views, expected, strict=True):
-        torch.testing.assert_close(view, other, rtol=0, atol=2.01 / 255 / 0.24)
-    assert boxes.tolist() == [[0, 0, 48, 48]] * 4
-    assert len(adapter.FastCrops(crops, stock)(image)) == 4
+    expected = default_collate([(index, stock(image), target) for index, image, target in samples])
+    for defer in ("normalize", "augment"):
+        fast = adapter.FastCrops(crops, stock, defer=defer, return_boxes=True)
+        indexes, views, targets, boxes = pickle.loads(pickle.dumps(fast))(samples)
+        views = views.to("cpu")
+        assert torch.equal(indexes, expected[0])
+        assert torch.equal(targets, expected[2])
+        assert [v.shape for v in views] == [v.shape for v in expected[1]]
+        # At scale 1 any ratio but 1 overflows the square image, so both fall back to the whole of it.
+        for view, other in zip(views, expected[1], strict=True):
+            torch.testing.assert_close(view, other, rtol=0, atol=2.01 / 255 / 0.24)
+        assert boxes.tolist() == [[[0, 0, 48, 48]] * 3] * 4
+        assert len(adapter.FastCrops(crops, stock, defer=defer)(samples)) == 3
+
+
+def test_fast_crops_read_solo_learns_folder(tmp_path):
+    """Through solo-learn's own dataset and loader; a damaged file is named."""
+    import_solo()
+    from logo_plugin.adapters.solo.fast_crops import install
+    from solo.data.pretrain_dataloader import prepare_dataloader, prepare_datasets
+
+    crops = [crop_config(num_crops=2), crop_config(crop_size=24, num_crops=1)]
+    (tmp_path / "a").mkdir()
+    for i, (image, _) in enumerate(tiles(4)):
+        image.save(tmp_path / "a" / f"{i}.jpg")
+    dataset = prepare_datasets("custom", stock_pipeline(crops), tmp_path, "image_folder")
+    loader = prepare_dataloader(dataset, batch_size=4, num_workers=0)
+    loader.pin_memory = False
+    for _ in range(2):  # the second finds it done
+        install(loader, crops)
+    ((indexes, views, targets),) = loader
+    assert sorted(indexes.tolist()) == [0, 1, 2, 3]
+    assert targets.tolist() == [0] * 4
+    assert [tuple(view.shape) for view in views.to("cpu")] == [(4, 3, 32, 32)] * 2 + [(4, 3, 24, 24)]
+    (tmp_path / "a" / "2.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"image 2 of the dataset \(.*2\.jpg\): cannot decode"):
+        list(loader)
 
 
 @pytest.mark.parametrize(
@@ -401,15 +431,19 @@ def test_fast_crops_lie_where_they_should():
     crops[2].rrc.update(crop_min_scale=0.05, crop_max_scale=0.4)
     (image, _), *_ = tiles(1)
     stock = stock_pipeline(crops)
-    usual = adapter.FastCrops(crops, stock, return_boxes=True)
-    torch.manual_seed(3)
-    *views, boxes = usual(image)
-    torch.manual_seed(3)
-    expected = [view for transform in usual.transforms for view in transform(image)]
-    assert all(torch.equal(view, other) for view, other in zip(views, expected, strict=True))
-    for placement in ("inside", "apart"):
+
+    def made(**options):
         torch.manual_seed(3)
-        *moved, of = adapter.FastCrops(crops, stock, return_boxes=True, local_placement=placement)(image)
+        fast = adapter.FastCrops(crops, stock, return_boxes=True, **options)
+        _, views, _, boxes = fast([(0, image, 0)])
+        return fast, views.to("cpu"), boxes[:, 0]
+
+    usual, views, boxes = made()
+    torch.manual_seed(3)
+    drawn = [recipe for pipeline in usual.pipelines for recipe in pipeline.draw(*image.size)]
+    assert boxes.tolist() == [list(recipe.box) for recipe in drawn]
+    for placement in ("inside", "apart"):
+        _, moved, of = made(local_placement=placement)
         assert torch.equal(of[:2], boxes[:2])
         assert [torch.equal(a, b) for a, b in zip(moved[:2], views[:2], strict=True)] == [True, True]
         assert not torch.equal(of[2:], boxes[2:])

@@ -1,27 +1,30 @@
 """solo-learn's crops made by logo_plugin, from the same config."""
 
-from itertools import islice
-from typing import Any
+from collections.abc import Sequence
+from itertools import chain, islice
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from logo_plugin.adapters.solo.crops import is_local, side_lengths
 from logo_plugin.adapters.solo.options import PREFIX
 from omegaconf import ListConfig
 from solo.data.pretrain_dataloader import FullTransformPipeline
-from torch import Tensor
+from torchvision.datasets import ImageFolder
 
-from logo_plugin.crops import MultiCropTransform
-from logo_plugin.decoding import decode
+from logo_plugin.crops import DeferredViews, MultiCropTransform
+from logo_plugin.decoding import UndecodableError, decode
 from logo_plugin.placement import placed
 
 
 class FastCrops:
-    """solo-learn's `augmentations` config through `MultiCropTransform`, each image decoded once.
+    """solo-learn's `augmentations` config as a `collate_fn`: each image decoded once, the crops made from it as uint8.
 
     Args:
         augmentations: The config: one pipeline each entry.
         stock: What solo-learn made of it, for mean and standard deviation.
-        return_boxes: Append the crops' boxes, (V, 4).
+        defer: What is left to the device, as in `MultiCropCollate`.
+        return_boxes: Append the crops' boxes, (V, N, 4), to the batch.
         local_placement: As of `MultiCropTransform`, of the crops that solo-learn takes for local ones.
 
     Raises:
@@ -33,29 +36,33 @@ class FastCrops:
         augmentations: ListConfig,
         stock: FullTransformPipeline,
         *,
+        defer: Literal["normalize", "augment"] = "normalize",
         return_boxes: bool = False,
         local_placement: str = "anywhere",
     ) -> None:
-        self.return_boxes, self.local_placement = return_boxes, local_placement
+        self.defer, self.return_boxes, self.local_placement = defer, return_boxes, local_placement
         self.global_crops = sum(crop.num_crops for crop in augmentations if not is_local(crop, augmentations[0]))
-        self.transforms = []
+        self.pipelines: list[MultiCropTransform] = []
         for i, (crop, pipeline) in enumerate(zip(augmentations, stock.transforms, strict=True)):
-            sides = side_lengths(crop)
+            sides, normalize = side_lengths(crop), pipeline.transform.transforms[-1]
+            statistics = {"mean": tuple(normalize.mean), "std": tuple(normalize.std)}
             refused = {
                 "rrc.enabled=false": not crop.rrc.enabled,
                 "equalization.prob": bool(crop.equalization.prob),
                 "crop_size that is not square": len(sides) > 1,
+                "mean and std that are not augmentations.0's": any(
+                    getattr(self.pipelines[0], name) != value for name, value in statistics.items() if self.pipelines
+                ),
             }
             if any(refused.values()):
                 what = ", ".join(name for name, asked in refused.items() if asked)
                 raise ValueError(
-                    f"{PREFIX}fast_crops=true cannot do augmentations.{i}.{what}. Set {PREFIX}fast_crops=false for "
+                    f"{PREFIX}fast_crops cannot do augmentations.{i}.{what}. Set {PREFIX}fast_crops=false for "
                     "solo-learn's own crops, or change the pipeline."
                 )
-            normalize = pipeline.transform.transforms[-1]
             jitter = crop.color_jitter
             strengths = ("brightness", "contrast", "saturation", "hue") if jitter.prob else ()
-            self.transforms.append(
+            self.pipelines.append(
                 MultiCropTransform(
                     global_crops=crop.num_crops,
                     local_crops=0,
@@ -67,42 +74,67 @@ class FastCrops:
                     grayscale_p=crop.grayscale.prob,
                     blur_p=crop.gaussian_blur.prob,
                     solarize_p=crop.solarization.prob,
-                    mean=tuple(normalize.mean),
-                    std=tuple(normalize.std),
+                    mean=statistics["mean"],
+                    std=statistics["std"],
                 )
             )
 
-    def __call__(self, image: Any) -> list[Tensor]:
-        """Makes the crops of one image, in the order of the pipelines."""
-        pixels = decode(image)
-        height, width = pixels.shape[:2]
-        drawn = [recipe for transform in self.transforms for recipe in transform.draw(width, height)]
-        recipes = placed(drawn, self.global_crops, self.local_placement, width, height)
-        crops, rest = [], iter(recipes)
-        for transform in self.transforms:
-            crops += transform.render(pixels, list(islice(rest, transform.global_crops)))
-        boxes = torch.tensor([recipe.box for recipe in recipes], dtype=torch.float32)
-        return [*crops, boxes] if self.return_boxes else crops
+    def __call__(self, samples: Sequence[tuple[int, Any, Any]]) -> list[Any]:
+        """Makes the batch of (index, image, target), an image being a PIL image or a path.
+
+        Returns:
+            `[indexes, views, targets]`, the views in the order of the pipelines; then boxes with `return_boxes`.
+
+        Raises:
+            ValueError: If an image cannot be decoded; the message names its index, and its path where it is one.
+        """
+        indexes, images, targets = zip(*samples, strict=True)
+        views = [pipeline._empty(np.uint8, len(images)) for pipeline in self.pipelines]
+        recipes = []
+        for n, (index, image) in enumerate(zip(indexes, images, strict=True)):
+            try:
+                pixels = decode(image)
+            except UndecodableError as error:
+                path = f" ({image})" if isinstance(image, str) else ""
+                raise ValueError(f"image {index} of the dataset{path}: {error} Remove or replace it.") from error
+            height, width = pixels.shape[:2]
+            drawn = [recipe for pipeline in self.pipelines for recipe in pipeline.draw(width, height)]
+            recipes.append(placed(drawn, self.global_crops, self.local_placement, width, height))
+            rest = iter(recipes[-1])
+            for pipeline, out in zip(self.pipelines, views, strict=True):
+                pipeline._render(pixels, list(islice(rest, len(out))), [view[n] for view in out], self.defer)
+        per_view = [list(view) for view in zip(*recipes, strict=True)]
+        first = self.pipelines[0]
+        deferred = DeferredViews([*chain(*views)], per_view if self.defer == "augment" else None, first.mean, first.std)
+        batch: list[Any] = [torch.tensor(indexes), deferred, torch.tensor(targets)]
+        if self.return_boxes:
+            batch.append(torch.tensor([[recipe.box for recipe in view] for view in per_view], dtype=torch.float32))
+        return batch
 
 
-def install(model: Any, *, return_boxes: bool, local_placement: str) -> None:
-    """Puts `FastCrops` into the training data of a model that is about to be fitted.
+def install(loader: Any, augmentations: ListConfig, **options: Any) -> None:
+    """Makes `FastCrops` the collate function of solo-learn's training `DataLoader`, and takes its transform away.
 
-    Before Lightning iterates over the loader: its workers copy the dataset.
+    Before the loader is iterated over: its workers copy the dataset.
+
+    Args:
+        loader: What solo-learn's `prepare_dataloader` gives.
+        augmentations: The config: one pipeline each entry.
+        **options: Those of `FastCrops`.
 
     Raises:
         ValueError: If the data are not loaded by solo-learn's own image loading.
     """
-    source = model.trainer.fit_loop._data_source.instance
-    dataset: Any = getattr(source, "dataset", None)
-    stock = getattr(dataset, "transform", None)
-    if isinstance(stock, FastCrops):  # a second fit on the same data
+    dataset: Any = getattr(loader, "dataset", None)
+    if isinstance(getattr(loader, "collate_fn", None), FastCrops):  # a second fit on the same data
         return
+    stock = getattr(dataset, "transform", None)
     if not isinstance(stock, FullTransformPipeline):
         raise ValueError(
             f"{PREFIX}fast_crops needs solo-learn's own image loading (data.format=image_folder or h5), got "
-            f"{type(source).__name__}. Set {PREFIX}fast_crops=false, or another data.format."
+            f"{type(loader).__name__}. Set {PREFIX}fast_crops=false, or another data.format."
         )
-    dataset.transform = FastCrops(
-        model.cfg.augmentations, stock, return_boxes=return_boxes, local_placement=local_placement
-    )
+    loader.collate_fn = FastCrops(augmentations, stock, **options)
+    dataset.transform = None
+    if isinstance(dataset, ImageFolder):
+        dataset.loader = str  # the path: decoded in the collate, in half of Pillow's time

@@ -61,8 +61,11 @@ def checked(given: Any) -> dict[str, Any]:
     for name in given:
         if name not in OPTIONS:
             raise ValueError(unknown_option(str(name), OPTIONS, PREFIX))
+    fast = given.get("fast_crops", False)
+    if not isinstance(fast, bool) and fast != "augment":
+        raise ValueError(f'{PREFIX}fast_crops must be true, false or "augment", got {fast!r}.')
     for name, default in OWN.items():
-        if isinstance(default, bool) and not isinstance(given.get(name, False), bool):
+        if name != "fast_crops" and isinstance(default, bool) and not isinstance(given.get(name, False), bool):
             raise ValueError(f"{PREFIX}{name} must be true or false, got {given[name]!r}.")
     try:
         options = OPTIONS | with_preset(given.get("preset"), given)

@@ -101,15 +101,18 @@ class LoGo(BaseMethod):
         """With `fast_crops`, gives the training data logo_plugin's crops in place of solo-learn's."""
         super().setup(stage)
         if stage == "fit" and self.fast_crops:
-            fast_crops.install(self, return_boxes=self.weigh_overlap, local_placement=self.local_placement)
+            fast_crops.install(
+                self.trainer.fit_loop._data_source.instance,
+                self.cfg.augmentations,
+                defer="augment" if self.fast_crops == "augment" else "normalize",
+                return_boxes=self.weigh_overlap,
+                local_placement=self.local_placement,
+            )
 
     def training_step(self, batch: list[Any], batch_idx: int) -> Tensor:
         """The method's own step on the global crops, plus LoGo's terms; global crops come first in the batch."""
-        indexes, crops, targets = batch
-        overlap = None
-        if self.weigh_overlap:
-            *crops, boxes = crops
-            overlap = crop_overlap(boxes[:, self.num_large_crops :].transpose(0, 1))
+        indexes, crops, targets, *boxes = batch
+        overlap = crop_overlap(boxes[0][self.num_large_crops :]) if self.weigh_overlap else None
         if len(crops) != self.num_large_crops + self.num_local_crops:
             raise ValueError(
                 f"expected {self.num_large_crops} global and {self.num_local_crops} local crops, got {len(crops)}."

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from logo_plugin.checks import options_by_name, positive_integer
 from logo_plugin.layers import run_layers
+from logo_plugin.pairs import Pairs, first_layer
 
 
 class Affinity(nn.Module):
@@ -50,12 +51,12 @@ class Affinity(nn.Module):
             nn.Linear(hidden_dim, 1),
         )
 
-    def forward(self, first: Tensor, second: Tensor | None = None, *, frozen: int = 0) -> Tensor:
+    def forward(self, first: Tensor | Pairs, second: Tensor | None = None, *, frozen: int = 0) -> Tensor:
         """Scores `[first, second]`; the order of a pair matters.
 
         Args:
             first: (N, D), or (P, N, D) for P batches at once. Each of the P has its own BatchNorm
-                statistics, as if scored by P calls.
+                statistics, as if scored by P calls. Or `Pairs`, of which `frozen` must be those to be repelled.
             second: Same shape as `first`. None if `first` has the pairs side by side, (N, P, 2 D), which
                 spares copies.
             frozen: If > 0, the first `frozen` of the P batches are only looked at: their gradient reaches the
@@ -69,7 +70,13 @@ class Affinity(nn.Module):
         Raises:
             ValueError: If the shapes differ, or are not (N, D) or (P, N, D) with D = `dim`.
         """
-        if second is None:
+        if isinstance(first, Pairs):
+            if first.crops.shape[-1] != self.dim:
+                raise ValueError(
+                    f"Affinity(dim={self.dim}) expects projections (N, L, {self.dim}), got {tuple(first.crops.shape)}. "
+                    "Set dim to the width of your projector's output."
+                )
+        elif second is None:
             if first.ndim != 3 or first.shape[-1] != 2 * self.dim:
                 raise ValueError(
                     f"Affinity(dim={self.dim}) expects pairs of projections side by side, (N, P, {2 * self.dim}), got "
@@ -81,9 +88,13 @@ class Affinity(nn.Module):
                 f"(P, N, {self.dim}), got {tuple(first.shape)} and {tuple(second.shape)}. "
                 "Set dim to the width of your projector's output."
             )
-        double = torch.float64 in (first.dtype, *(p.dtype for p in self.parameters()))
+        given = first.crops if isinstance(first, Pairs) else first
+        double = torch.float64 in (given.dtype, *(p.dtype for p in self.parameters()))
         dtype = torch.float64 if double else torch.float32
-        with torch.autocast(first.device.type, enabled=False):
+        with torch.autocast(given.device.type, enabled=False):
+            if isinstance(first, Pairs):
+                hidden = first_layer(self.mlp[0], first, dtype)  # type: ignore[arg-type]
+                return run_layers(self.mlp[1:], hidden, frozen, routed=True).squeeze(-1)
             # (N, P, 2D): with P beside the features, one batch_norm over (N, P * hidden) keeps the
             # statistics of the P batches apart.
             hidden = first.to(dtype)

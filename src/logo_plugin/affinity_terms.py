@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from logo_plugin.affinity import Affinity, full_precision
 from logo_plugin.checks import overlap_in_range
+from logo_plugin.pairs import Pairs
 
 
 def affinity_terms(
@@ -32,14 +33,19 @@ def affinity_terms(
         noise: As in `affinity_loss`.
         partner: As in `affinity_loss`.
     """
-    repelled, trained = _repelled_pairs(local_proj), _trained_pairs(local_proj, form, noise, partner)
-    count = len(repelled) // 2
-    if type(affinity).forward is Affinity.forward:
-        logits = affinity(_side_by_side(repelled + trained), frozen=count)
-        looked_at, positive, negative = logits.split([count, *[len(trained) // 4] * 2], dim=1)
+    count = len(local_proj) * (len(local_proj) - 1) // 2
+    own = type(affinity).forward is Affinity.forward
+    if own and count > 1 and type(affinity.mlp[0]) is nn.Linear:  # type: ignore[index]
+        logits = affinity(_pairs(local_proj, form, noise, partner), frozen=count)
+    elif own:  # two crops: the pairs themselves take fewer operators
+        members = _repelled_pairs(local_proj) + _trained_pairs(local_proj, form, noise, partner)
+        logits = affinity(_side_by_side(members), frozen=count)
     else:
-        looked_at = _looked_at(affinity, _side_by_side(repelled))
-        positive, negative = _scored(affinity, _side_by_side(trained)).chunk(2, dim=1)
+        looked_at = _looked_at(affinity, _side_by_side(_repelled_pairs(local_proj)))
+        others = _scored(affinity, _side_by_side(_trained_pairs(local_proj, form, noise, partner)))
+        logits = torch.cat([looked_at, others], dim=1)
+    trained = (logits.shape[1] - count) // 2
+    looked_at, positive, negative = logits.split([count, trained, trained], dim=1)
     return _repulsion(looked_at, repulsion, overlap), _training(positive, negative, form)
 
 
@@ -101,12 +107,8 @@ def _trained_pairs(
 ) -> list[Tensor]:
     """The same of the positive pairs, then of the negative ones; detached."""
     count, (images, features) = len(local_proj), local_proj[0].shape
-    z = torch.cat([full_precision(view.detach()) for view in local_proj], dim=1).view(images, count, features)
-    if partner is None:
-        # A negative index counts from the end: the rotation without a remainder.
-        shift = torch.randint(1 - images, 0, (), device=z.device)
-        partner = torch.arange(images, device=z.device) + shift
-    other = z[partner]
+    z = _stacked([view.detach() for view in local_proj])
+    other = z[_rotation(z) if partner is None else partner]
     if isinstance(noise, Tensor):
         noisy = z[:, None] + noise.transpose(0, 1)[:, :, None]
     elif noise:
@@ -116,6 +118,30 @@ def _trained_pairs(
     pairs = [(i, j) for i in range(count) for j in range(count) if (i != j if form == "logistic" else i < j)]
     positive = [noisy[:, side, k[side]] for k in pairs for side in (0, 1)]
     return positive + [(z, other)[side][:, k[side]] for k in pairs for side in (0, 1)]
+
+
+def _pairs(local_proj: Sequence[Tensor], form: str, noise: float | Tensor, partner: Tensor | None) -> Pairs:
+    """The same, and those to be repelled, of which nothing is made yet."""
+    z = _stacked(local_proj)
+    partner = _rotation(z) if partner is None else partner
+    added = None
+    if isinstance(noise, Tensor):
+        added = noise.transpose(0, 1).flatten(1)
+    elif noise:
+        added = z.new_empty(len(z), 2 * z.shape[2]).normal_(std=noise)
+    return Pairs(z, added, partner, form == "logistic")
+
+
+def _stacked(local_proj: Sequence[Tensor]) -> Tensor:
+    """(N, L, D)."""
+    images, features = local_proj[0].shape
+    return torch.cat([full_precision(view) for view in local_proj], dim=1).view(images, -1, features)
+
+
+def _rotation(z: Tensor) -> Tensor:
+    """Partners that rotate the batch; a negative index counts from the end: the rotation without a remainder."""
+    images = len(z)
+    return torch.arange(images, device=z.device) + torch.randint(1 - images, 0, (), device=z.device)
 
 
 def _side_by_side(members: Sequence[Tensor]) -> Tensor:

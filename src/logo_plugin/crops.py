@@ -224,7 +224,8 @@ class MultiCropTransform:
         """
         pixels = self._decode(image)
         recipes = self.draw(pixels.shape[1], pixels.shape[0])
-        views = self.render(pixels, recipes)
+        views = self._empty(np.float32)
+        self._render(pixels, recipes, views)
         boxes = torch.tensor([recipe.box for recipe in recipes], dtype=torch.float32)
         return [*views, boxes] if self.return_boxes else views
 
@@ -253,20 +254,6 @@ class MultiCropTransform:
             )
             recipes.append(recipe)
         return placed(recipes, self.global_crops, self.local_placement, width, height)
-
-    def render(self, pixels: Tensor, recipes: Sequence[Recipe]) -> list[Tensor]:
-        """Makes the views that were drawn.
-
-        Args:
-            pixels: The image, (H, W, C), uint8, or float32 in [0, 255].
-            recipes: As `draw` gives them for its width and height.
-
-        Returns:
-            The views, each (C, size, size), float32, normalised.
-        """
-        views = self._empty(np.float32)
-        self._render(pixels, recipes, views)
-        return views
 
     def _draw_box(self, width: int, height: int, scale: Range, u: Sequence[float]) -> tuple[int, int, int, int]:
         """As torchvision's RandomResizedCrop: ten attempts, then the largest central crop within `ratio`."""

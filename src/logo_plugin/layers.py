@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def run_layers(layers: Iterable[nn.Module], x: Tensor, frozen: int = 0) -> Tensor:
+def run_layers(layers: Iterable[nn.Module], x: Tensor, frozen: int = 0, *, routed: bool = False) -> Tensor:
     """Runs the layers, their parameters in the precision of x.
 
     Args:
@@ -21,6 +21,7 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor, frozen: int = 0) -> Tenso
         x: (N, P, C). P beside the features: one batch_norm over (N, P * C) keeps the batches apart.
         frozen: The gradient of the first `frozen` of the P reaches x and no parameter, and they move no running
             statistics; that of the others reaches the parameters and not x. With 0 all reach both.
+        routed: x takes its gradients where they belong by itself: let it have all of them.
     """
     layers = list(layers)
     norms = [layer for layer in layers if isinstance(layer, _BatchNorm)]
@@ -34,7 +35,7 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor, frozen: int = 0) -> Tenso
             x = _batch_norm(layer, x, affine[:2], statistics[:2])
             affine, statistics = affine[2:], statistics[2:]
         else:
-            x = _run(layer, x, frozen, routes_input=i == 0)
+            x = _run(layer, x, frozen, routes_input=i == 0 and not routed)
     for same, (_, rows) in zip(together, prepared, strict=True):
         _track(same, rows[:, frozen:])
     return x
