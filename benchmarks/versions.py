@@ -40,6 +40,7 @@ def try_set(name, python, tests, folder):
     report = Path(folder) / f"{name}.txt"
     files = [ROOT / f"tests/test_{test}.py" for test in tests]
     quiet = [f"-Wdefault::{kind}Warning" for kind in ("Future", "Deprecation")]  # of libraries of another age
+    quiet.append("-Wdefault:Guards may run slower on Python")  # torch.compile on 3.13.0
     command = [bin_python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *quiet, *files]
     small = {"OMP_NUM_THREADS": "1", "HYPOTHESIS_EXAMPLES": "200"} | os.environ
     with report.open("w") as out:
