@@ -6,7 +6,7 @@
         --into docs/results.md --figures docs
 
 Every run leaves a fifth of the training images out. By k-NN on that fifth 2 crops and multi-crop choose their learning
-rates: all three rates with the first seed, the best two of them with three seeds, the better of those by the mean, for
+rates: three rates with the first seed, the best two of them with three seeds, the better of those by the mean, for
 more seeds, too. So the runs that choose are among the runs that are reported, on the test images, which choose nothing.
 Arms that repel, or vary one factor, have multi-crop's rate; longer schedules have the rates of 11 epochs. What is in
 benchmarks/results/ is not repeated.
@@ -22,7 +22,7 @@ import accuracy
 RESULTS = Path(__file__).parent / "results"
 CHOOSERS = ["2 crops, equal compute", "multi-crop"]
 MAIN = [*CHOOSERS, "LoGo", "release"]
-RATES = [0.2, 0.4, 0.8]
+RATES = {"byol": [0.2, 0.4, 0.8], "moco-both": [0.1, 0.2, 0.4], "simsiam": [0.1, 0.2, 0.4]}
 COMMON = ["--backbone", "tiny", "--batch-size", "64", "--queue", "4096", "--precision", "bf16-mixed", "--validate"]
 ONE_FACTOR = [
     *("LoGo, ratio 0.1", "ratio 0.005", "ratio 0.05", "ratio 0.3"),  # 0.015 is the release
@@ -98,16 +98,16 @@ def advance(options):
 def candidates(output, dataset, method, arm, seed, epochs):
     """The learning rates that an arm still has to be trained at; none if that is not known yet."""
     if arm in CHOOSERS and epochs == CHOSEN and seed == CHOOSING[0]:
-        return RATES
+        return RATES[method]
     of = CHOOSERS[not arm.startswith("2 crops")]
     found = {}
     for record in gather(output, dataset, CHOSEN):
         if (record["method"], record["arm"]) == (method, of):
             found.setdefault(record["seed"], {})[record["lr"]] = record["final"]["validation_knn"]
     first = found.get(CHOOSING[0], {})
-    if not first.keys() >= set(RATES):
+    if not first.keys() >= set(RATES[method]):
         return []
-    best = sorted(RATES, key=first.get)[1:]
+    best = sorted(RATES[method], key=first.get)[1:]
     if arm in CHOOSERS and epochs == CHOSEN and seed in CHOOSING:
         return best
     seeds = [found.get(one, {}) for one in CHOOSING]
