@@ -320,7 +320,7 @@ def main():
         text = {
             f"{dataset} main": table(runs, ("lr", *QUALITY, "s per step", "cpu_seconds")),
             f"{dataset} mechanism": table(runs, MECHANISM),
-            f"{dataset} differences": comparisons(runs, QUALITY),
+            f"{dataset} differences": comparisons(runs, QUALITY[:6]),
             f"{dataset} rates": rates(swept[dataset]),
         }
         text |= {f"{dataset} {method} factors": factors(runs, method, "multi-crop") for method in methods}
