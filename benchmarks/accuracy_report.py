@@ -329,8 +329,9 @@ def main():
         if options.into:
             put(text, options.into)
         file = dataset.replace(" ", "_")
-        if options.figures:
+        if options.figures and len(everything) == 1:
             draw_curves([(method, runs, method) for method in methods], options.figures / f"accuracy_curves_{file}.png")
+        if options.figures and any(arm not in MAIN for _, arm in runs):
             most = max(methods, key=lambda method: sum(of == method for of, _ in runs))
             draw_factors(runs, most, "multi-crop", options.figures / f"accuracy_factors_{file}.png")
             if any("lr" in r for of_seeds in runs.values() for r in of_seeds.values()):
