@@ -107,7 +107,7 @@ class FastCrops:
         per_view = [list(view) for view in zip(*recipes, strict=True)]
         first = self.pipelines[0]
         deferred = DeferredViews([*chain(*views)], per_view if self.defer == "augment" else None, first.mean, first.std)
-        batch: list[Any] = [default_collate(indexes), deferred, default_collate(targets)]
+        batch: list[Any] = [default_collate(list(indexes)), deferred, default_collate(list(targets))]
         if self.return_boxes:  # N first, as everywhere in the batch: Lightning takes its size from all tensors
             batch.append(torch.tensor([[recipe.box for recipe in image] for image in recipes], dtype=torch.float32))
         return batch

@@ -54,5 +54,5 @@ def _places(count: int, ordered: bool, device: torch.device) -> Tensor:
     if not ordered:
         return place[:, i, j].flatten()
     # From the second place on, count + 1 in a row, a diagonal is the last column.
-    others = place[1:].flatten(1)[:, 1:].unflatten(1, (count - 1, count + 1))[..., :-1]
+    others = place[1:].flatten(1)[:, 1:].view(2, count - 1, count + 1)[..., :-1]
     return torch.cat([place[0, i, j], others.flatten()])
