@@ -216,7 +216,7 @@ def _views(batch: Any) -> list[Tensor]:
         batch = [[view["image"] if isinstance(view, dict) else view for view in views if not isinstance(view, int)]]
     for item in batch:
         if isinstance(item, (list, tuple)) and item and isinstance(item[0], Tensor) and item[0].ndim == 4:
-            return [view for view in item if view.ndim == 4]  # solo-learn's may end with the crops' boxes
+            return [view for view in item if view.ndim == 4]  # MultiCropTransform's may end with the crops' boxes
     raise ValueError(
         f"LoGoMonitor found no views (N, C, H, W) in a batch of {[type(item).__name__ for item in batch]}."
     )

@@ -2,12 +2,14 @@
 
 import copy
 import math
+from itertools import combinations
 
 import pytest
 import torch
 from torch import nn
 from torch.func import replace_all_batch_norm_modules_
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from logo_plugin import Affinity, LoGoLearner, LoGoLoss
 from logo_plugin.affinity_terms import affinity_loss, affinity_terms, local_local_loss
@@ -111,11 +113,12 @@ def test_any_precision_is_computed_in_float32_at_least(weights, inputs, norm):
     affinity.eval()(*z)
 
 
-def test_backward_inside_autocast_stays_in_float32():
+@pytest.mark.parametrize("crops", [2, 3])
+def test_backward_inside_autocast_stays_in_float32(crops):
     gradients = []
     for inside in (True, False):
         torch.manual_seed(0)
-        affinity, z = Affinity(8, 16), projections(dtype=torch.float32)
+        affinity, z = Affinity(8, 16), projections(crops, dtype=torch.float32)
         terms = affinity_terms(affinity, z, partner=torch.arange(6).roll(1))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
             sum(terms).backward()
@@ -233,7 +236,8 @@ def one_without_momentum(affinity):
 
 
 def no_bias(affinity):
-    affinity.mlp[3] = nn.Linear(16, 16, bias=False)
+    for i in (0, 3):
+        affinity.mlp[i] = nn.Linear(16, 16, bias=False)
 
 
 @pytest.mark.parametrize(
@@ -248,32 +252,33 @@ def test_other_batch_norms(change, training):
     affinity = Affinity(8, 16).train(training)
     change(affinity)
     affinity.double()
-    z = projections()
+    z = projections(3)
     plain = copy.deepcopy(affinity.mlp)
     if change is synchronised and training:  # torch's refuses tensors on the CPU in training
         plain = nn.Sequential(*(nn.BatchNorm1d(16).double() if isinstance(m, _BatchNorm) else m for m in plain))
-    expected = nn.functional.softplus(plain(torch.cat(z, 1)).squeeze(1)).mean()
+    pairs = [torch.cat(pair, 1) for pair in combinations(z, 2)]
+    expected = torch.stack([nn.functional.softplus(plain(pair)).mean() for pair in pairs]).mean()
     before = {name for name, _ in affinity.named_buffers()}
     local_local, trained = affinity_terms(affinity, z)
     torch.testing.assert_close(local_local, expected)
     (local_local + trained).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in affinity.parameters())
     assert {name for name, _ in affinity.named_buffers()} == before
-    torch.testing.assert_close(affinity(*z), plain(torch.cat(z, 1)).squeeze(1))
+    torch.testing.assert_close(affinity(*z[:2]), plain(pairs[0]).squeeze(1))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 def test_one_pass_compiles(norm):
-    """With LayerNorm, and with BatchNorm without momentum; the usual one is in test_losses."""
+    """Of three crops, with LayerNorm, and with BatchNorm without momentum; the usual one is in test_losses."""
     torch.manual_seed(0)
     affinity = Affinity(8, 16, norm=norm)
     if norm == "batch":
         one_without_momentum(affinity)
     twin, partner = copy.deepcopy(affinity), torch.arange(6).roll(1)
     compiled = torch.compile(affinity_terms, fullgraph=True, backend="aot_eager")
-    expected = affinity_terms(affinity, projections(dtype=torch.float32), partner=partner)
-    found = compiled(twin, projections(dtype=torch.float32), partner=partner)
+    expected = affinity_terms(affinity, projections(3, dtype=torch.float32), partner=partner)
+    found = compiled(twin, projections(3, dtype=torch.float32), partner=partner)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
     for (name, one), other in zip(twin.named_buffers(), affinity.buffers(), strict=True):
@@ -295,3 +300,21 @@ def test_of_more_than_two_crops_no_pair_is_made():
         sum(terms).backward()
         kept.append(sum(storages.values()))
     assert kept[1] - kept[0] <= 4 * 256 * (images * (crops + 2) + 2 * 2 * 8)
+
+
+@pytest.mark.parametrize("crops", [2, 3])
+@pytest.mark.parametrize("form", ["logistic", "difference"])
+def test_nothing_comes_from_the_cpu(crops, form):
+    """No tensor is made of Python's numbers, no value looked at: a GPU would have to wait for both."""
+    called = set()
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            called.add(operator._schema.name)
+            return operator(*args, **(kwargs or {}))
+
+    affinity, z = Affinity(8, 16), projections(crops, dtype=torch.float32)
+    with Record():
+        sum(affinity_terms(affinity, z, form=form, noise=0.1)).backward()
+    assert {"aten::randint.low", "aten::randint"} & called
+    assert not {"aten::lift_fresh", "aten::_local_scalar_dense", "aten::nonzero"} & called

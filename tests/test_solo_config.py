@@ -343,13 +343,11 @@ def crop_config(**changes):
     return OmegaConf.merge(OmegaConf.load(conf)[0], changes)
 
 
-def stock_pipeline(crops):
+def stock_pipeline(crops, dataset="cifar10"):
     import_solo()
     from solo.data.pretrain_dataloader import FullTransformPipeline, NCropAugmentation, build_transform_pipeline
 
-    return FullTransformPipeline(
-        [NCropAugmentation(build_transform_pipeline("cifar10", c), c.num_crops) for c in crops]
-    )
+    return FullTransformPipeline([NCropAugmentation(build_transform_pipeline(dataset, c), c.num_crops) for c in crops])
 
 
 def test_fast_crops_follow_the_config():
@@ -378,7 +376,7 @@ def test_fast_crops_follow_the_config():
         # At scale 1 any ratio but 1 overflows the square image, so both fall back to the whole of it.
         for view, other in zip(views, expected[1], strict=True):
             torch.testing.assert_close(view, other, rtol=0, atol=2.01 / 255 / 0.24)
-        assert boxes.tolist() == [[[0, 0, 48, 48]] * 3] * 4
+        assert boxes.tolist() == [[[0, 0, 48, 48]] * 4] * 3
         assert len(adapter.FastCrops(crops, stock, defer=defer)(samples)) == 3
 
 
@@ -395,8 +393,8 @@ def test_fast_crops_read_solo_learns_folder(tmp_path):
     dataset = prepare_datasets("custom", stock_pipeline(crops), tmp_path, "image_folder")
     loader = prepare_dataloader(dataset, batch_size=4, num_workers=0)
     loader.pin_memory = False
-    for _ in range(2):  # the second finds it done
-        install(loader, crops)
+    for options in ({"return_boxes": True}, {}):  # the second fit's own
+        install(loader, crops, **options)
     ((indexes, views, targets),) = loader
     assert sorted(indexes.tolist()) == [0, 1, 2, 3]
     assert targets.tolist() == [0] * 4
@@ -415,13 +413,14 @@ def test_fast_crops_read_solo_learns_folder(tmp_path):
         ),
         ({"equalization": {"prob": 0.1}}, r"augmentations\.0\.equalization\.prob"),
         ({"crop_size": [32, 24]}, r"augmentations\.0\.crop_size that is not square"),
+        ({}, r"augmentations\.1\.mean and std that are not augmentations\.0's\. Set"),
     ],
 )
 def test_fast_crops_refuse_what_they_cannot_do(changes, message):
     _, adapter = import_solo()
-    crops = [crop_config(**changes)]
+    crops = [crop_config(**changes), crop_config(mean=[0.5] * 3)]
     with pytest.raises(ValueError, match=message):
-        adapter.FastCrops(crops, stock_pipeline(crops))
+        adapter.FastCrops(crops, stock_pipeline(crops, "custom"))
 
 
 def test_fast_crops_lie_where_they_should():
@@ -436,7 +435,7 @@ def test_fast_crops_lie_where_they_should():
         torch.manual_seed(3)
         fast = adapter.FastCrops(crops, stock, return_boxes=True, **options)
         _, views, _, boxes = fast([(0, image, 0)])
-        return fast, views.to("cpu"), boxes[:, 0]
+        return fast, views.to("cpu"), boxes[0]
 
     usual, views, boxes = made()
     torch.manual_seed(3)

@@ -134,7 +134,8 @@ def test_h5_without_h5py(monkeypatch):
 def test_h5_file(fast, tmp_path, monkeypatch):
     """solo-learn's own reader, in workers, then a step; with fast_crops its transform is replaced as a folder's is."""
     h5py = pytest.importorskip("h5py", reason="h5py is not installed: it is in the extra [solo]")
-    _, adapter = import_solo()
+    import_solo()
+    from logo_plugin.adapters.solo.fast_crops import install
     from solo.data.pretrain_dataloader import (
         FullTransformPipeline,
         NCropAugmentation,
@@ -152,11 +153,13 @@ def test_h5_file(fast, tmp_path, monkeypatch):
     overlay = compose("imagenet-100", "byol", "+logo=[byol,first_try]", *H5[1:], "data.format=h5").augmentations
     pipelines = [NCropAugmentation(build_transform_pipeline("imagenet100", c), c.num_crops) for c in overlay]
     transform = FullTransformPipeline(pipelines)
-    if fast:
-        transform = adapter.FastCrops(overlay, transform)
     dataset = prepare_datasets("imagenet100", transform, str(tmp_path / "train.h5"), "h5")
     assert len(dataset) == 8
-    (indexes, views, targets), _ = DataLoader(dataset, batch_size=4, num_workers=1)
+    loader = DataLoader(dataset, batch_size=4, num_workers=1)
+    if fast:
+        install(loader, overlay)
+    (indexes, views, targets), _ = loader
+    views = views.to("cpu") if fast else views
     assert [tuple(view.shape) for view in views] == [(4, 3, 64, 64)] * 2 + [(4, 3, 32, 32)] * 2
     assert build("logo_byol").training_step([indexes, views, targets], 0).isfinite()
 

@@ -10,6 +10,7 @@ from logo_plugin.adapters.solo.crops import is_local, side_lengths
 from logo_plugin.adapters.solo.options import PREFIX
 from omegaconf import ListConfig
 from solo.data.pretrain_dataloader import FullTransformPipeline
+from torch.utils.data import default_collate
 from torchvision.datasets import ImageFolder
 
 from logo_plugin.crops import DeferredViews, MultiCropTransform
@@ -22,9 +23,9 @@ class FastCrops:
 
     Args:
         augmentations: The config: one pipeline each entry.
-        stock: What solo-learn made of it, for mean and standard deviation.
+        stock: The transform that solo-learn made of it, for mean and standard deviation.
         defer: What is left to the device, as in `MultiCropCollate`.
-        return_boxes: Append the crops' boxes, (V, N, 4), to the batch.
+        return_boxes: Append the crops' boxes, (N, V, 4), to the batch.
         local_placement: As of `MultiCropTransform`, of the crops that solo-learn takes for local ones.
 
     Raises:
@@ -40,18 +41,18 @@ class FastCrops:
         return_boxes: bool = False,
         local_placement: str = "anywhere",
     ) -> None:
-        self.defer, self.return_boxes, self.local_placement = defer, return_boxes, local_placement
+        self.stock, self.defer, self.return_boxes, self.local_placement = stock, defer, return_boxes, local_placement
         self.global_crops = sum(crop.num_crops for crop in augmentations if not is_local(crop, augmentations[0]))
         self.pipelines: list[MultiCropTransform] = []
         for i, (crop, pipeline) in enumerate(zip(augmentations, stock.transforms, strict=True)):
             sides, normalize = side_lengths(crop), pipeline.transform.transforms[-1]
-            statistics = {"mean": tuple(normalize.mean), "std": tuple(normalize.std)}
+            mean, std = tuple(normalize.mean), tuple(normalize.std)
             refused = {
                 "rrc.enabled=false": not crop.rrc.enabled,
                 "equalization.prob": bool(crop.equalization.prob),
                 "crop_size that is not square": len(sides) > 1,
                 "mean and std that are not augmentations.0's": any(
-                    getattr(self.pipelines[0], name) != value for name, value in statistics.items() if self.pipelines
+                    (mean, std) != (first.mean, first.std) for first in self.pipelines[:1]
                 ),
             }
             if any(refused.values()):
@@ -74,8 +75,8 @@ class FastCrops:
                     grayscale_p=crop.grayscale.prob,
                     blur_p=crop.gaussian_blur.prob,
                     solarize_p=crop.solarization.prob,
-                    mean=statistics["mean"],
-                    std=statistics["std"],
+                    mean=mean,
+                    std=std,
                 )
             )
 
@@ -106,16 +107,16 @@ class FastCrops:
         per_view = [list(view) for view in zip(*recipes, strict=True)]
         first = self.pipelines[0]
         deferred = DeferredViews([*chain(*views)], per_view if self.defer == "augment" else None, first.mean, first.std)
-        batch: list[Any] = [torch.tensor(indexes), deferred, torch.tensor(targets)]
-        if self.return_boxes:
-            batch.append(torch.tensor([[recipe.box for recipe in view] for view in per_view], dtype=torch.float32))
+        batch: list[Any] = [default_collate(list(indexes)), deferred, default_collate(list(targets))]
+        if self.return_boxes:  # N first, as everywhere in the batch: Lightning takes its size from all tensors
+            batch.append(torch.tensor([[recipe.box for recipe in image] for image in recipes], dtype=torch.float32))
         return batch
 
 
 def install(loader: Any, augmentations: ListConfig, **options: Any) -> None:
     """Makes `FastCrops` the collate function of solo-learn's training `DataLoader`, and takes its transform away.
 
-    Before the loader is iterated over: its workers copy the dataset.
+    Before the loader is iterated over: its workers copy the dataset. At a second fit the options are the new ones.
 
     Args:
         loader: What solo-learn's `prepare_dataloader` gives.
@@ -126,9 +127,8 @@ def install(loader: Any, augmentations: ListConfig, **options: Any) -> None:
         ValueError: If the data are not loaded by solo-learn's own image loading.
     """
     dataset: Any = getattr(loader, "dataset", None)
-    if isinstance(getattr(loader, "collate_fn", None), FastCrops):  # a second fit on the same data
-        return
-    stock = getattr(dataset, "transform", None)
+    made = getattr(loader, "collate_fn", None)
+    stock = made.stock if isinstance(made, FastCrops) else getattr(dataset, "transform", None)
     if not isinstance(stock, FullTransformPipeline):
         raise ValueError(
             f"{PREFIX}fast_crops needs solo-learn's own image loading (data.format=image_folder or h5), got "

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from logo_plugin.checks import choice, unknown_option
+from logo_plugin.checks import choice, positive_integer, unknown_option
 from logo_plugin.losses import PRESETS, LoGoLoss, with_preset
 from logo_plugin.placement import PLACEMENTS
 
@@ -73,9 +73,7 @@ def checked(given: Any) -> dict[str, Any]:
         LoGoLoss(affinity=affinity, **{name: options[name] for name in options if name not in OWN})
     except ValueError as error:
         raise ValueError(f"method_kwargs.logo: {error}") from error
-    width = options["affinity_hidden_dim"]
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-        raise ValueError(f"{PREFIX}affinity_hidden_dim must be a positive integer, got {width!r}.")
+    positive_integer(f"{PREFIX}affinity_hidden_dim", options["affinity_hidden_dim"])
     if options["affinity_norm"] not in ("batch", "layer"):
         raise ValueError(f'{PREFIX}affinity_norm must be "batch" or "layer", got {options["affinity_norm"]!r}.')
     choice(f"{PREFIX}local_placement", options["local_placement"], PLACEMENTS)

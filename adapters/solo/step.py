@@ -112,7 +112,7 @@ class LoGo(BaseMethod):
     def training_step(self, batch: list[Any], batch_idx: int) -> Tensor:
         """The method's own step on the global crops, plus LoGo's terms; global crops come first in the batch."""
         indexes, crops, targets, *boxes = batch
-        overlap = crop_overlap(boxes[0][self.num_large_crops :]) if self.weigh_overlap else None
+        overlap = crop_overlap(boxes[0][:, self.num_large_crops :].transpose(0, 1)) if self.weigh_overlap else None
         if len(crops) != self.num_large_crops + self.num_local_crops:
             raise ValueError(
                 f"expected {self.num_large_crops} global and {self.num_local_crops} local crops, got {len(crops)}."

@@ -41,14 +41,18 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor, frozen: int = 0, *, route
     return x
 
 
-class _Linear(torch.autograd.Function):
-    """A linear layer on (N, P, C) whose parameters get no gradient of the first `frozen` of the P.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, frozen: int = 0, routes_input: bool = False) -> Tensor:
+    """A linear layer on (N, P, C), whose backward is in the precision of x, too, whatever autocast says there.
 
-    With `routes_input` x gets that of the first `frozen` only.
+    Its parameters get no gradient of the first `frozen` of the P; with `routes_input` x gets that of these only.
     """
+    out: Tensor = _Linear.apply(x, weight, bias, frozen, routes_input)
+    return out
 
+
+class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, frozen: int, routes_input: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, frozen: int, routes_input: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.frozen, ctx.routes_input = frozen, routes_input
         return F.linear(x, weight, bias)
@@ -64,7 +68,8 @@ class _Linear(torch.autograd.Function):
                 to_x = grad @ weight
             if ctx.needs_input_grad[1]:
                 trained = F.pad(grad[:, frozen:], (0, 0, frozen, 0)).flatten(0, 1)
-                to_weight, to_bias = trained.T @ x.flatten(0, 1), trained.sum(0)
+                to_weight = trained.T @ x.flatten(0, 1)
+                to_bias = trained.sum(0) if ctx.needs_input_grad[2] else None
         return to_x, to_weight, to_bias, None, None
 
 
@@ -73,8 +78,8 @@ def _run(layer: nn.Module, x: Tensor, frozen: int, routes_input: bool) -> Tensor
     parameters = {name: p.to(x.dtype) for name, p in layer.named_parameters()}
     if not parameters:
         out: Tensor = layer(x)
-    elif frozen and type(layer) is nn.Linear and layer.bias is not None:
-        out = _Linear.apply(x, parameters["weight"], parameters["bias"], frozen, routes_input)
+    elif frozen and type(layer) is nn.Linear:
+        out = linear(x, parameters["weight"], parameters.get("bias"), frozen, routes_input)
     elif frozen:
         kept = {name: p.detach() for name, p in parameters.items()}
         trained = x[:, frozen:].detach() if routes_input else x[:, frozen:]

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from logo_plugin.layers import linear
+
 
 class Pairs(NamedTuple):
     """What the pairs are made of.
@@ -35,18 +37,22 @@ def first_layer(layer: nn.Linear, pairs: Pairs, dtype: torch.dtype) -> Tensor:
     z, weight = pairs.crops.to(dtype), layer.weight.to(dtype)
     count, features = z.shape[1:]
     halves = weight.view(-1, 2, features).transpose(0, 1).flatten(0, 1)
-    bias = F.pad(layer.bias.to(dtype), (len(weight), 0))
-    repelled = F.linear(z, halves.detach(), bias.detach()).chunk(2, dim=-1)
-    first, second = F.linear(z.detach(), halves, bias).chunk(2, dim=-1)
-    noisy = second if pairs.noise is None else second + F.linear(pairs.noise.to(dtype), weight)[:, None]
+    bias = None if layer.bias is None else F.pad(layer.bias.to(dtype), (len(weight), 0))
+    repelled = linear(z, halves.detach(), None if bias is None else bias.detach()).chunk(2, dim=-1)
+    first, second = linear(z.detach(), halves, bias).chunk(2, dim=-1)
+    noisy = second if pairs.noise is None else second + linear(pairs.noise.to(dtype)[:, None], weight, None)
     firsts = torch.stack([repelled[0], first, first], dim=1)
     seconds = torch.stack([repelled[1], noisy, second[pairs.partner]], dim=1)
     everyone = firsts[:, :, :, None] + seconds[:, :, None]  # (N, 3, L, L, H), of which not all are pairs
-    chosen = [
-        (group * count + i) * count + j
-        for group in range(3)
-        for i in range(count)
-        for j in range(count)
-        if (i != j if group and pairs.ordered else i < j)
-    ]
-    return everyone.flatten(1, 3).index_select(1, torch.tensor(chosen, device=z.device))
+    return everyone.flatten(1, 3).index_select(1, _places(count, pairs.ordered, z.device))
+
+
+def _places(count: int, ordered: bool, device: torch.device) -> Tensor:
+    """Where in (3, L, L) the pairs are, computed on the device: for a list of Python's a GPU would have to wait."""
+    place = torch.arange(3 * count**2, device=device).view(3, count, count)
+    i, j = torch.triu_indices(count, count, 1, device=device)
+    if not ordered:
+        return place[:, i, j].flatten()
+    # From the second place on, count + 1 in a row, a diagonal is the last column.
+    others = place[1:].flatten(1)[:, 1:].view(2, count - 1, count + 1)[..., :-1]
+    return torch.cat([place[0, i, j], others.flatten()])
