@@ -445,7 +445,7 @@ def crop_overlap(boxes: Tensor) -> Tensor:
     if boxes.ndim != 3 or boxes.shape[2] != 4 or len(boxes) < 2:
         raise ValueError(f"boxes must have shape (L, N, 4) with L >= 2, got {tuple(boxes.shape)}.")
     # Computed on the device: for indexes from Python's lists a GPU would have to wait.
-    first, second = boxes[torch.triu_indices(len(boxes), len(boxes), 1, device=boxes.device)]
+    first, second = boxes[torch.triu_indices(len(boxes), len(boxes), 1, device=boxes.device)].unbind()
     corner = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
     intersection = corner.clamp_min(0).prod(-1)
     union = sum((side[..., 2:] - side[..., :2]).prod(-1) for side in (first, second)) - intersection
