@@ -34,8 +34,9 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
-# Without intersphinx, so that the site builds offline: names of other libraries are not links.
-nitpick_ignore_regex = [(r"py:.*", r"(?!logo_plugin).*|logo_plugin\.\w+\.T|logo_plugin\.pairs\.Pairs")]  # T: type variables
+# Without intersphinx, so that the site builds offline: names of other libraries are not links. Nor are type variables
+# (T), and what the affinity makes of its pairs.
+nitpick_ignore_regex = [(r"py:.*", r"(?!logo_plugin).*|logo_plugin\.\w+\.T|logo_plugin\.pairs\.Pairs")]
 
 
 def _skip_field_numbers(app, what, name, obj, skip, options):
