@@ -410,7 +410,7 @@ class TestClasses:
         names = inspect.signature(wrap).parameters.keys()
         assert inspect.signature(LoGoLoss).parameters.keys() - {"similarity"} <= names
         for name in names - {"x", "others"}:
-            assert f"        {name}: " in wrap.__doc__, name
+            assert f"    {name}: " in inspect.getdoc(wrap), name
 
 
 class TestCheckpoints:
