@@ -90,8 +90,12 @@ class _Recorder(NamedTuple):
 _RECORDERS: WeakKeyDictionary[nn.Module, _Recorder] = WeakKeyDictionary()
 
 
+@eager
 def _recorder(bank: nn.Module) -> _Recorder:
-    """One for each memory bank: torch.compile would compile anew for every new function."""
+    """One for each memory bank: torch.compile would compile anew for every new function.
+
+    Not compiled itself: a guard on a model's recorder would fail when the model is freed meanwhile.
+    """
     if bank not in _RECORDERS:
         negatives: list[Tensor] = []
         this = weakref.ref(bank)
