@@ -344,6 +344,15 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message):
             wrap(hosts.BYOL(), **options)
 
+    @pytest.mark.parametrize(
+        ("option", "name", "wanted"),
+        [("online", "criterion", "predictions"), ("target", "projection_head", "targets")],
+    )
+    def test_named_method_that_takes_no_images(self, option, name, wanted):
+        message = rf"{option}='{name}' failed on crops .*Error: .*\. Name a method from images to {wanted}\."
+        with pytest.raises(RuntimeError, match=message):
+            wrap(hosts.BYOL(), **{option: name}).training_step(batch(), 0)
+
 
 class TestCompile:
     @pytest.mark.filterwarnings("ignore")

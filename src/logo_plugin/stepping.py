@@ -5,7 +5,8 @@ from `LoGoModel.watch_step`, a wrong prediction from `_source` below. No host is
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def _logo_step(
     targets = observed.targets
     if settings.target:
         with torch.no_grad():
-            targets = [model.call_logo(settings.target, view) for view in global_views]
+            targets = [_call_option(model, "target", view) for view in global_views]
     with local_forwards(
         model,
         model.find_backbone(heads),
@@ -151,7 +152,7 @@ def methods_of(model: LoGoModel, heads: Heads) -> list[tuple[str, Method]]:
     online = model.logo_settings.online
     if online is not None:
         name = online if isinstance(online, str) else getattr(online, "__name__", "online")
-        return [(name, lambda images: model.call_logo(online, images))]
+        return [(name, lambda images: _call_option(model, "online", images))]
     methods = model.online_methods(heads)
     found = model.__dict__.get("_logo_online")  # the first step's
     return [method for method in methods if method[0] == found] or methods
@@ -184,16 +185,32 @@ def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads) ->
 
 
 def _host_step(model: LoGoModel, step: Callable[[list[Tensor]], Any], views: list[Tensor]) -> Any:
-    try:
+    with _explained(
+        f"{type(model).__name__}'s own step failed on its {len(views)} global crops, which are all that LoGo gives it "
+        "({}). If it needs other inputs (masks, lists of views, own local crops), LoGo cannot extend it: use LoGoLoss "
+        "directly. If it needs more global crops, give global_crops=."
+    ):
         return step(views)
+
+
+@eager_frame
+def _call_option(model: LoGoModel, option: str, images: Tensor) -> Any:
+    """What the user named with online= or target=, on crops."""
+    method, shape = getattr(model.logo_settings, option), tuple(images.shape)
+    name, wanted = getattr(method, "__name__", method), {"online": "predictions", "target": "targets"}[option]
+    with _explained(f"{option}={name!r} failed on crops {shape} ({{}}). Name a method from images to {wanted}."):
+        return model.call_logo(method, images)
+
+
+@contextmanager
+def _explained(message: str) -> Iterator[None]:
+    """Puts what the host's code raises into a message with a cure."""
+    try:
+        yield
     except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
-        raise RuntimeError(
-            f"{type(model).__name__}'s own step failed on its {len(views)} global crops, which are all that LoGo gives "
-            f"it ({type(error).__name__}: {error}). If it needs other inputs (masks, lists of views, own local crops), "
-            "LoGo cannot extend it: use LoGoLoss directly. If it needs more global crops, give global_crops=."
-        ) from error
+        raise RuntimeError(message.format(f"{type(error).__name__}: {error}")) from error
 
 
 def _warn_of_equal_sizes(views: Sequence[Tensor], count: int) -> None:
