@@ -43,11 +43,12 @@ CHOSEN, CHOOSING = 11, (0, 1, 2)  # the epochs and the seeds that choose the rat
 STAGES = [
     ("imagenette", "byol", MAIN[:3], [0, 1, 2, 3, 4], 11),
     ("imagenette", "moco-both", MAIN[:3], [0, 1, 2, 3, 4], 11),
+    ("imagenette", "byol", MAIN[:3], [0, 1, 2], 60),
     ("imagenette", "byol", MAIN[:3], [5, 6, 7, 8, 9], 11),
     ("imagenette", "byol", MAIN[3:], [0, 1, 2, 3, 4], 11),
     ("imagenette", "moco-both", MAIN[3:], [0, 1, 2, 3, 4], 11),
     ("imagenette", "byol", ["2 crops, equal seconds"], [0, 1, 2], 11),
-    ("imagenette", "byol", MAIN, [0, 1, 2], 60),
+    ("imagenette", "byol", MAIN[3:], [0, 1, 2], 60),
     ("imagenette", "simsiam", MAIN, [0, 1, 2], 11),
     ("imagenette", "byol", ONE_FACTOR, [0], 11),
     ("imagenette", "moco-both", PREDICTORLESS, [0], 11),
