@@ -2,13 +2,12 @@
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
+import pages
 import pytest
 import pytorch_lightning as pl
 import timm
@@ -27,11 +26,19 @@ from logo_plugin.__main__ import main
 from logo_plugin.export import export_backbone
 
 ROOT = os.environ.get("SOLO_LEARN_ROOT")
+PAGE = pages.ROOT / "docs" / "after-pretraining.md"
+OTHER_HOSTS = ["The same with solo-learn", "The same with stable-pretraining"]
 
 
 def headless(arch="resnet18"):
     net = torchvision.models.get_model(arch, weights=None)
     net.fc = nn.Identity()
+    return net
+
+
+def with_cifar_stem(padding):
+    net = headless()
+    net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=padding, bias=False), nn.Identity()
     return net
 
 
@@ -181,8 +188,7 @@ def test_vit_of_another_size(image):
 
 @pytest.mark.parametrize("padding", [1, 2])
 def test_stem_for_small_images(padding, image):
-    net = headless()
-    net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=padding, bias=False), nn.Identity()
+    net = with_cifar_stem(padding)
     model = wrap(Holder(net))
     with pytest.raises(ValueError, match=r"1 difference: conv1.weight is \(64, 3, 3, 3\).*--cifar-stem 1"):
         export_backbone(model, "timm", "resnet18")
@@ -285,17 +291,22 @@ def test_crops_of_a_picture(tmp_path, capsys):
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's, of few workers and few batches
 def test_blocks_of_the_page_run_in_order(run, tmp_path, monkeypatch, capfd):
-    """docs/after-pretraining.md from a checkpoint to a fine-tuned network, on tiles of photographs."""
+    """docs/after-pretraining.md from a checkpoint to a fine-tuned network, on tiles of photographs.
+
+    What it has for solo-learn runs below, for stable-pretraining in test_stable_pretraining.py.
+    """
     checkpoint, model = run
-    page = (Path(__file__).parents[1] / "docs" / "after-pretraining.md").read_text()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "byol.ckpt").symlink_to(checkpoint)
+    small = with_cifar_stem(padding=1)
+    torch.save(wrap(Holder(small)).state_dict(), "cifar.ckpt")
+    torch.save(timm.create_model("vit_tiny_patch16_224", img_size=96).state_dict(), "vit.ckpt")
     names = {"model": model, "train": tiles(40, 64), "held_out": tiles(56, 64)[40:]}
-    for kind, block in re.findall(r"```(bash|python)\n(.*?)```", page, re.S):
-        if kind == "bash":
-            assert main(shlex.split(block)[3:]) == 0
-        else:
-            exec(compile(block, "after-pretraining.md", "exec"), names)
+    sections = dict.fromkeys(section for section, *_ in pages.blocks(PAGE))
+    pages.run(PAGE, [section for section in sections if section not in OTHER_HOSTS], names)
+    assert torch.equal(torch.load("momentum.pt")["conv1.weight"], model.backbone_momentum[0].weight)
+    assert torch.equal(torch.load("cifar.pt")["conv1.weight"], small.conv1.weight)
+    assert torch.load("vit.pt")["pos_embed"].shape[1] == 1 + 6 * 6
     assert names["lacking"].missing_keys == ["fc.weight", "fc.bias"]
     assert names["lacking"].unexpected_keys == []
     assert names["linear"].model is names["backbone"]
@@ -309,6 +320,7 @@ def test_blocks_of_the_page_run_in_order(run, tmp_path, monkeypatch, capfd):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dataset", ["custom", "cifar10"])
 def test_checkpoint_of_solo_learn(dataset, tmp_path, image, capsys, monkeypatch):
+    """The page's command lines, on a checkpoint in the folder where solo-learn keeps it."""
     import lightning.pytorch
     from omegaconf import OmegaConf
 
@@ -335,10 +347,11 @@ def test_checkpoint_of_solo_learn(dataset, tmp_path, image, capsys, monkeypatch)
     )
     trainer = lightning.pytorch.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.strategy.connect(model)
-    trainer.save_checkpoint(tmp_path / "byol-ep=0.ckpt")
-    stem = ["--cifar-stem", "2"] if dataset == "cifar10" else []
-    command = ["export", str(tmp_path / "byol-ep=0.ckpt"), str(tmp_path / "b.pt"), "--arch", "resnet18", *stem]
-    assert main(command) == 0
+    monkeypatch.chdir(tmp_path)
+    (block,) = (text for section, _, text in pages.blocks(PAGE) if section == "The same with solo-learn")
+    plain, with_stem = pages.commands(block)
+    trainer.save_checkpoint(plain[1])
+    assert main(with_stem if dataset == "cifar10" else plain) == 0
     said = capsys.readouterr().out
     assert "from backbone, by name" in said
     assert "momentum_backbone would fit too" in said

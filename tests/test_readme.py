@@ -1,5 +1,6 @@
 """Every Python block of the README and of the docs runs, with the user's own names supplied."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from lightly.loss import NegativeCosineSimilarity
 from photos import tiles
 
-from logo_plugin import LoGoTerms, MultiCropCollate, wrap
+from logo_plugin import LoGoLoss, LoGoTerms, MultiCropCollate, wrap
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -100,6 +101,14 @@ def test_blocks_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
 
 def test_the_first_loop_is_short():
     assert len(README_BLOCKS[0].strip().splitlines()) <= 20
+
+
+def test_options_are_on_their_page():
+    """All that `wrap` and `LoGoLoss` have, and each row of a table is an option of theirs."""
+    page = (ROOT / "docs" / "options.md").read_text()
+    options = {name for takes in (wrap, LoGoLoss) for name in inspect.signature(takes).parameters} - {"x", "others"}
+    assert {name for name in options if f"`{name}`" not in page} == set()
+    assert set(re.findall(r"^\| `(\w+)`", page, re.M)) <= options
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -164,13 +164,16 @@ def test_h5_file(fast, tmp_path, monkeypatch):
     assert build("logo_byol").training_step([indexes, views, targets], 0).isfinite()
 
 
+@pytest.mark.filterwarnings("ignore")  # Lightning's and solo-learn's
 def test_dali(folder):
-    """LoGo's step on what solo-learn's DALI pipeline makes, on the CPU.
+    """A Trainer's steps on what solo-learn's DALI pipeline makes, on the CPU.
 
     Its data module asks DALI for a CUDA device even with dali.device=cpu, so the pipeline is built here, without one.
     """
-    why = "200 MB that solo-learn only uses with a GPU: pip install nvidia-dali-cuda130"
+    why = "400 MB that solo-learn only uses with a GPU: pip install nvidia-dali-cuda120"
     pytest.importorskip("nvidia.dali", reason=f"DALI is not installed, {why}")
+    import lightning.pytorch
+
     methods, _ = import_solo()
     from solo.data import dali_dataloader
     from solo.data.pretrain_dataloader import FullTransformPipeline, NCropAugmentation
@@ -199,12 +202,14 @@ def test_dali(folder):
         last_batch_policy=dali_dataloader.LastBatchPolicy.DROP,
         auto_reset=True,
     )
-    indexes, views, targets = next(loader)
+    _, views, _ = next(loader)
     assert [tuple(view.shape) for view in views] == [(4, 3, 64, 64)] * 2 + [(4, 3, 32, 32)] * 3
     cfg.data.num_classes = 4
     model = methods.METHODS[cfg.method](cfg)
-    model.log_dict = lambda *args, **kwargs: None
-    loss = model.training_step([indexes, views, targets], 0)
-    loss.backward()
-    assert loss.isfinite()
-    assert all(parameter.grad is not None for parameter in model.logo.parameters())
+    before = copy.deepcopy(model.state_dict())
+    trainer = lightning.pytorch.Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.fit(model, loader)
+    assert all(value.isfinite() for value in trainer.callback_metrics.values())
+    assert {"train_local_global", "train_affinity"} <= trainer.callback_metrics.keys()
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert {"backbone.conv1.weight", "predictor.0.weight", "logo.affinity.mlp.0.weight"} <= moved

@@ -1,6 +1,7 @@
 """The adapter of stable-pretraining, on its own forwards, classes, callbacks and Lightning's Trainer."""
 
 import copy
+import re
 import types
 from pathlib import Path
 
@@ -10,6 +11,7 @@ pytest.importorskip("stable_pretraining", reason="stable-pretraining is not inst
 
 import lightning as pl
 import methods_stable
+import pages
 import stable_hosts
 import stable_pretraining as spt
 import timm
@@ -424,6 +426,39 @@ class TestCheckpoints:
         torch.testing.assert_close(net.eval()(images), student.eval()(images))
         if kind == "byol":
             assert not torch.equal(model.backbone.teacher.conv1.weight, net.conv1.weight)
+
+    @pytest.mark.filterwarnings("ignore")  # Lightning's, of few workers and few batches
+    def test_pages_from_pretraining_to_fine_tuning(self, tmp_path, monkeypatch, capsys):
+        """Each block that the pages have for this host, and what they share: LoGo on tiles, export, k-NN, probe."""
+        from stable_pretraining.backbone import from_torchvision
+
+        monkeypatch.chdir(tmp_path)
+        host, after = (pages.ROOT / "docs" / f"{name}.md" for name in ("stable-pretraining", "after-pretraining"))
+        torch.manual_seed(0)
+        parts = {"backbone": from_torchvision("resnet18", low_resolution=True), "projector": stable_hosts.head(512, 16)}
+        samples = [{"image": image, "label": label} for image, label in tiles(4, 32)]
+        loader = DataLoader(samples, batch_size=4, collate_fn=MultiCropCollate(global_size=16, local_size=12))
+        fit(wrap(stable_hosts.module("simclr", **parts)), loader).save_checkpoint("low_resolution.ckpt")
+
+        given = {"images": tiles(16), "backbone": from_torchvision("resnet18")}
+        given |= {"projector": stable_hosts.head(512, 24, 16), "predictor": stable_hosts.head(16, 24, 16)}
+        pages.run(host, ["One line"], given)
+        trained = given["module"].backbone
+
+        own, shared = "The same with stable-pretraining", "k-NN and linear probe, with scikit-learn"
+        names = {"model": given["module"], "train": tiles(40, 64), "held_out": tiles(56, 64)[40:]}
+        pages.run(after, [own], names, "bash")
+        pages.run(after, ["Export the backbone", "Features", shared, own, "Fine-tuning, with timm"], names, "python")
+
+        student = torch.load("backbone.pt")
+        assert torch.equal(student["conv1.weight"], trained.student.conv1.weight)
+        assert torch.equal(torch.load("teacher.pt")["conv1.weight"], trained.teacher.conv1.weight)
+        assert not torch.equal(student["conv1.weight"], trained.teacher.conv1.weight)
+        assert torch.equal(torch.load("small.pt")["conv1.weight"], parts["backbone"].conv1.weight)
+        assert names["lacking"].missing_keys == ["fc.weight", "fc.bias"]
+        knn, probe = re.search(r"tensor\((\S+)\) tensor\((\S+)\)", capsys.readouterr().out).groups()
+        assert float(knn) > 0.25  # of four photographs
+        assert float(probe) > 0.25
 
     def test_a_copy_trains_apart(self):
         model = wrap(stable_hosts.module("byol"))
