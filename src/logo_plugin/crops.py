@@ -59,7 +59,7 @@ class DeferredViews:
         """
         views = [view.to(device, non_blocking=non_blocking) for view in self._views]
         shift, scale = (x.to(device) for x in _statistics(tuple(self._mean), tuple(self._std)))
-        recipes = self._recipes or [None] * len(views)
+        recipes: Sequence[list[Recipe] | None] = self._recipes or [None] * len(views)
         return [_finished(view, drawn, shift, scale) for view, drawn in zip(views, recipes, strict=True)]
 
     def pin_memory(self) -> "DeferredViews":
@@ -514,9 +514,9 @@ def _finished(views: Tensor, recipes: list[Recipe] | None, shift: Tensor, scale:
     if views.device.type != "cpu":
         return (views if recipes is None else augment(views, recipes)).sub(shift).mul_(scale)
     out = _fresh(views.shape, np.float32)
-    for n, view in enumerate(out.split(1)):  # a batch would not fit into the cache
+    for n in range(len(views)):  # a batch would not fit into the cache
         crop = views[n : n + 1]
-        view.copy_(crop if recipes is None else augment(crop, [recipes[n]])).sub_(shift).mul_(scale)
+        out[n : n + 1].copy_(crop if recipes is None else augment(crop, [recipes[n]])).sub_(shift).mul_(scale)
     return out
 
 
