@@ -5,7 +5,9 @@ p 0.8, gray p 0.2, blur p 0.5 sigma 0.1-2, flip, normalise) and gives a batch of
 each. First in one process, per second of CPU time: the contenders take turns, round by round, so that a machine whose
 speed drifts does so for all of them; ratios are medians over rounds. Then through a DataLoader, per second of wall
 clock. solo-learn takes part when SOLO_LEARN_ROOT names a clone; kornia, lightly and AlbumentationsX when they are
-installed. AlbumentationsX resizes bicubically without antialias, which is less work.
+installed. AlbumentationsX resizes bicubically without antialias, which is less work. In an environment where
+pillow-simd takes Pillow's place (`CC="cc -mavx2" pip install --no-binary pillow-simd pillow-simd`) all who use Pillow
+are measured with it.
 
     python benchmarks/crop_throughput.py    # photographs from the wheels of scikit-image and scikit-learn
     python benchmarks/crop_throughput.py --data DIR --json throughput.json
@@ -25,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import PIL
 import torch
 import torchvision
 from PIL import Image, ImageOps
@@ -268,8 +271,9 @@ def main():
         made = {name: value for name, value in made.items() if any(part in name for part in options.only)}
     rates = cpu_rates(made, files, options.images, options.rounds)
     peers = [name for name in ("lightly", "solo-learn", "AlbumentationsX") if name in rates]
-    print(f"{platform.machine()}, torch {torch.__version__}, torchvision {torchvision.__version__}, 1 thread each,")
-    print(f"{len(files)} photographs, {options.rounds} rounds of {options.images} images\n")
+    versions = {module.__name__: module.__version__ for module in (torch, torchvision, PIL)}
+    print(", ".join([platform.machine(), *map(" ".join, versions.items())]))
+    print(f"{len(files)} photographs, {options.rounds} rounds of {options.images} images, 1 thread each\n")
     header = ["pipeline", "images/s of CPU time, median (range)", *(f"x {peer}" for peer in peers)]
     header += [f"DataLoader, {workers} worker{'s' * (workers > 1)}, images/s" for workers in options.workers]
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
@@ -284,7 +288,7 @@ def main():
         results[name] = {"cpu": values, "ratios": ratios, "loader": dict(zip(options.workers, walls, strict=True))}
     if options.json:
         setting = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "json"}
-        setting |= {"torch": torch.__version__, "torchvision": torchvision.__version__, "machine": platform.machine()}
+        setting |= versions | {"machine": platform.machine()}
         options.json.write_text(json.dumps({"setting": setting, "results": results}, indent=1))
 
 

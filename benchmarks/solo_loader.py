@@ -82,18 +82,18 @@ def main() -> None:
         root = options.data or Path(temporary)
         if not options.data:
             (root / "a").mkdir()
-            files = photographs()
+            pictures = photographs()
             for i in range(options.images):
-                (root / "a" / f"{i}.jpg").write_bytes(files[i % len(files)])
+                (root / "a" / f"{i}.jpg").write_bytes(pictures[i % len(pictures)])
         for round_ in range(-1, options.rounds):  # one round to warm up
             for name, fast in contenders.items():
-                found = rate(loader(root, options.batch, options.workers, fast), finish=fast == "normalize")
+                made = loader(root, options.batch, options.workers, fast)
+                found = rate(made, finish=fast == "normalize")
                 if round_ >= 0:
                     rates[name].append(found)
-    print(
-        f"{options.images} images a round, {options.rounds} rounds, {options.workers} worker(s), batch {options.batch},"
-    )
-    print(f"1 thread, torch {torch.__version__}, {'--data' if options.data else '500 x 375 JPEG'}\n")
+    print(f"{len(made.dataset)} images a round, {options.rounds} rounds, {options.workers} worker(s),")
+    files = "--data" if options.data else "500 x 375 JPEG"
+    print(f"batch {options.batch}, 1 thread, torch {torch.__version__}, {files}\n")
     print("| loader | images per CPU second, median (range) | x solo-learn, median (range) |\n|---|---|---|")
     for name, values in rates.items():
         ratios = [a / b for a, b in zip(values, rates["solo-learn"], strict=True)]

@@ -58,10 +58,9 @@ class DeferredViews:
             The views, globals first, each (N, C, H, W), float32.
         """
         views = [view.to(device, non_blocking=non_blocking) for view in self._views]
-        if self._recipes is not None:
-            views = [augment(view, recipes) for view, recipes in zip(views, self._recipes, strict=True)]
         shift, scale = (x.to(device) for x in _statistics(tuple(self._mean), tuple(self._std)))
-        return [(view - shift).mul_(scale) for view in views]
+        recipes: Sequence[list[Recipe] | None] = self._recipes or [None] * len(views)
+        return [_finished(view, drawn, shift, scale) for view, drawn in zip(views, recipes, strict=True)]
 
     def pin_memory(self) -> "DeferredViews":
         """For `DataLoader(pin_memory=True)`."""
@@ -275,8 +274,7 @@ class MultiCropTransform:
 
     def _empty(self, dtype: type[np.generic], *batch: int) -> list[Tensor]:
         sizes = [self.global_size] * self.global_crops + [self.local_size] * self.local_crops
-        # numpy asks the kernel for huge pages, which spares a page fault for every 4 KiB of a float batch.
-        return [torch.from_numpy(np.empty((*batch, len(self.mean), size, size), dtype)) for size in sizes]
+        return [_fresh((*batch, len(self.mean), size, size), dtype) for size in sizes]
 
     def _decode(self, image: ImageLike) -> Tensor:
         return decode(image) if len(self.mean) == 3 else decode_channels(image, len(self.mean))
@@ -509,6 +507,22 @@ def _crop(pixels: Tensor, recipe: Recipe, channels: int, size: int) -> Tensor:
     if crop.is_floating_point():
         crop = crop.clamp_(0, 255)  # bicubic overshoots
     return crop.flip(-1) if recipe.flip else crop
+
+
+def _finished(views: Tensor, recipes: list[Recipe] | None, shift: Tensor, scale: Tensor) -> Tensor:
+    """Crops that travelled as uint8, augmented if there are recipes, and normalised: (N, C, H, W), float32."""
+    if views.device.type != "cpu":
+        return (views if recipes is None else augment(views, recipes)).sub(shift).mul_(scale)
+    out = _fresh(views.shape, np.float32)
+    for n in range(len(views)):  # a batch would not fit into the cache
+        crop = views[n : n + 1]
+        out[n : n + 1].copy_(crop if recipes is None else augment(crop, [recipes[n]])).sub_(shift).mul_(scale)
+    return out
+
+
+def _fresh(shape: Sequence[int], dtype: type[np.generic]) -> Tensor:
+    # numpy asks the kernel for huge pages, which spares a page fault for every 4 KiB of a float batch.
+    return torch.from_numpy(np.empty(shape, dtype))
 
 
 @functools.cache
