@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from logo_plugin.crops import CropBoxes
+from logo_plugin.crops import CropBoxes, DeferredViews
 from logo_plugin.online import Heads, Method, Names
 from logo_plugin.refusals import DENSE, OWN_MULTI_CROP, refuse
 from logo_plugin.stepping import join_optimizer, log_terms, logo_step
@@ -127,6 +127,8 @@ def views_of(batch: Any, name: str) -> list[Tensor]:
         ValueError: If there are none.
     """
     views = batch[0] if isinstance(batch, (list, tuple)) and batch else None
+    if isinstance(views, DeferredViews):
+        views = list(views)  # says that they are not finished
     if not isinstance(views, (list, tuple)) or not all(isinstance(view, Tensor) and view.ndim == 4 for view in views):
         raise ValueError(
             f"{name} expected a batch whose first item is the list of views (N, C, H, W), got {_describe(batch)}. "
