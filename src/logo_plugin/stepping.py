@@ -197,9 +197,9 @@ def _host_step(model: LoGoModel, step: Callable[[list[Tensor]], Any], views: lis
 
 
 def _warn_of_large_local_crops(views: Sequence[Tensor], count: int) -> None:
-    """Of one size, 32 pixels, are CIFAR's: so they are in the paper."""
+    """32 pixels are CIFAR's, whose local crops are as large as the global ones in the paper."""
     sides = [max(view.shape[-2:]) for view in views]
-    if max(sides[count:]) >= min(sides[:count]) and set(sides) != {32}:
+    if max(sides[count:]) >= min(sides[:count]) and (len(set(sides)) > 1 or sides[0] > 32):
         warnings.warn(
             f"views of {', '.join(map(str, sides))} pixels: LoGo takes the first {count} for global crops, the others "
             f"for local ones, which are smaller as a rule. Put the global ones first, or say how many there are, with "
