@@ -156,7 +156,7 @@ class LoGoModel(nn.Module):
         return getattr(self, method)(images) if isinstance(method, str) else method(images)
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        """As torch's, but says what is the matter when only LoGo's part does not fit."""
+        """As torch's, but says so when it is LoGo's part that does not fit."""
         try:
             return super().load_state_dict(state_dict, *args, **kwargs)
         except RuntimeError as error:
