@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logo_plugin.affinity import Affinity, full_precision
-from logo_plugin.checks import choice, flag, positive_integer, unknown_option
+from logo_plugin.checks import choice, flag, positive_integer, unknown_option, views_alone
 from logo_plugin.losses import LoGoLoss, LoGoTerms, info_nce
 from logo_plugin.modes import eval_mode
 from logo_plugin.recomputing import local_forwards
@@ -109,10 +109,17 @@ class LoGoLearner(nn.Module):
         self.to(next(backbone.parameters()).device)
 
     def forward(self, views: Sequence[Tensor]) -> Tensor:
-        """Gives the loss (scalar) of views (N, 3, H, W), globals first, as `MultiCropCollate` makes them."""
+        """Gives the loss (scalar) of views (N, C, H, W), globals first, as `MultiCropCollate` makes them."""
         if isinstance(views, Tensor):
             raise TypeError("LoGoLearner takes a list of views, got a tensor; learner.backbone(x) gives features.")
+        views_alone("LoGoLearner", views)
         count, learns = self.global_crops, self.training and torch.is_grad_enabled()
+        if len(views) <= count and self.criterion.affinity is not None:
+            raise ValueError(
+                f"LoGoLearner got {len(views)} views, of which {count} are global, so there are no local crops. Give "
+                "the data loader collate_fn=MultiCropCollate(...), and its dataset no transform; or go without "
+                "repulsion, affinity=None."
+            )
         if learns and self.target is not None:
             online = [*self.backbone.parameters(), *self.projector.parameters()]
             _check_sharding(self, online)

@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from logo_plugin.crops import CropBoxes
+from logo_plugin.crops import CropBoxes, DeferredViews
 from logo_plugin.online import Heads, Method, Names
+from logo_plugin.refusals import DENSE, OWN_MULTI_CROP, refuse
 from logo_plugin.stepping import join_optimizer, log_terms, logo_step
 from logo_plugin.wrapped import LoGoModel
 
@@ -22,22 +23,20 @@ NAMES = Names(
     predictor=("prediction_head", "prediction_mlp", "predictor"),
 )
 _ONLINE = ("forward_student", "forward_query_encoder", "forward")
-_OWN_MULTI_CROP = "has a multi-crop of its own: give it local crops as it takes them. LoGo has nothing to add"
 _MASKED = "compares masked views with their prototypes, not two views with each other. LoGo cannot extend it"
-_DENSE = "compares regions of two images, not their views as a whole. LoGo cannot extend it"
 _ALL_VIEWS = "takes lists of views, and as many as there are. LoGo has nothing to add: give it local crops as views"
 _REFUSED = {
-    "DINOLoss": _OWN_MULTI_CROP,
-    "SwaVLoss": _OWN_MULTI_CROP,
-    "LeJEPALoss": _OWN_MULTI_CROP,
-    "IBOTPatchLoss": _OWN_MULTI_CROP,
+    "DINOLoss": OWN_MULTI_CROP,
+    "SwaVLoss": OWN_MULTI_CROP,
+    "LeJEPALoss": OWN_MULTI_CROP,
+    "IBOTPatchLoss": OWN_MULTI_CROP,
     "MSNLoss": _MASKED,
     "PMSNLoss": _MASKED,
     "PMSNCustomLoss": _MASKED,
     "CAPILoss": _MASKED,
-    "DetConSLoss": _DENSE,
-    "DetConBLoss": _DENSE,
-    "VICRegLLoss": _DENSE,
+    "DetConSLoss": DENSE,
+    "DetConBLoss": DENSE,
+    "VICRegLLoss": DENSE,
     "FroSSLLoss": _ALL_VIEWS,
     "MMCRLoss": _ALL_VIEWS,
 }
@@ -80,10 +79,7 @@ class LightlyModel(LoGoModel):
         """Refuses lightly's losses of methods that are none of two views."""
         for cls in type(criterion).__mro__:
             if cls.__name__ in _REFUSED:
-                raise ValueError(
-                    f"{type(self).__name__} trains with {cls.__name__}, which {_REFUSED[cls.__name__]} (LoGoLoss can "
-                    "be used directly)."
-                )
+                refuse(f"{type(self).__name__} trains with {cls.__name__}, which", _REFUSED[cls.__name__])
 
     def online_methods(self, heads: Heads) -> list[tuple[str, Method]]:
         """The model's own method, where it is one of images, then backbone and heads in turn."""
@@ -131,6 +127,8 @@ def views_of(batch: Any, name: str) -> list[Tensor]:
         ValueError: If there are none.
     """
     views = batch[0] if isinstance(batch, (list, tuple)) and batch else None
+    if isinstance(views, DeferredViews):
+        views = list(views)  # says that they are not finished
     if not isinstance(views, (list, tuple)) or not all(isinstance(view, Tensor) and view.ndim == 4 for view in views):
         raise ValueError(
             f"{name} expected a batch whose first item is the list of views (N, C, H, W), got {_describe(batch)}. "

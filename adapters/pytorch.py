@@ -12,6 +12,8 @@ import torch
 from logo_plugin.adapters.lightly import LightlyModel, takes_two_views, views_of
 from torch import Tensor, nn
 
+from logo_plugin.checks import views_alone
+from logo_plugin.crops import DeferredViews
 from logo_plugin.observing import is_symmetric, on_a_copy
 from logo_plugin.online import Heads, Method, Source, run_online, width
 from logo_plugin.stepping import logo_step, methods_of
@@ -25,7 +27,7 @@ class PlainModel(LightlyModel):
     """A module whose forward takes the list of views as well as a tensor of images."""
 
     def find_step(self, settings: Settings, criterion: Any, heads: Heads) -> Step:
-        """The user's, or the one that the model's parts and the criterion leave no doubt of."""
+        """The user's, or the one that follows from the model's parts and the criterion."""
         return settings.step or _known_step(self, settings, criterion, heads)
 
     def call_logo(self, method: str | Callable[[Tensor], Any], images: Tensor) -> Any:
@@ -34,9 +36,10 @@ class PlainModel(LightlyModel):
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Of views (and their boxes), the loss; of a tensor, what the user's own forward gives."""
-        if not isinstance(x, (list, tuple)):
+        if not isinstance(x, (list, tuple, DeferredViews)):
             return super().forward(x, *args, **kwargs)
         step: Any = self.logo_settings.step
+        views_alone(type(self).__name__, x)
         views = views_of([x], type(self).__name__)
         loss, _ = logo_step(self, lambda crops: step(self, crops), views, *args, **kwargs)
         self._warn_if_affinity_rests()

@@ -134,3 +134,14 @@ def epochs_of(method, arm, epochs, crops):
     if not run.get("compute"):
         return round(epochs * run.get("longer", 1))
     return round(epochs * cost(method, "multi-crop", crops) / cost(method, arm, crops))
+
+
+def best_rate(of_rates):
+    """The learning rate of {rate: {seed: record}} that validates best, of those with the most seeds."""
+    return max(of_rates, key=lambda lr: (len(of_rates[lr]), validation(of_rates[lr])))
+
+
+def validation(of_seeds):
+    """k-NN on the images that chose, the mean of {seed: record}."""
+    values = [record["final"].get("validation_knn", 0.0) for record in of_seeds.values()]
+    return sum(values) / len(values)

@@ -19,7 +19,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import matplotlib as mpl
-from accuracy_arms import cost
+from accuracy_arms import best_rate, cost, validation
 from scipy.stats import t as student
 
 mpl.use("Agg")
@@ -99,13 +99,8 @@ def read(paths):
 
 
 def chosen(runs):
-    """{(method, arm): {seed: record}} at the learning rate that validates best, of those with the most seeds."""
-    return {key: max(rates.values(), key=lambda of: (len(of), validation(of))) for key, rates in runs.items()}
-
-
-def validation(of_seeds):
-    values = [record["final"].get("validation_knn", 0.0) for record in of_seeds.values()]
-    return sum(values) / len(values)
+    """{(method, arm): {seed: record}} at the learning rate chosen for each."""
+    return {key: of_rates[best_rate(of_rates)] for key, of_rates in runs.items()}
 
 
 def rates(runs):

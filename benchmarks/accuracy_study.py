@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import accuracy
+from accuracy_arms import best_rate, validation
 
 RESULTS = Path(__file__).parent / "results"
 CHOOSERS = ["2 crops, equal compute", "multi-crop"]
@@ -102,20 +103,19 @@ def candidates(output, dataset, method, arm, seed, epochs):
     if arm in CHOOSERS and epochs == CHOSEN and seed == CHOOSING[0]:
         return RATES[method]
     of = CHOOSERS[not arm.startswith("2 crops")]
-    found = {}
+    found = {lr: {} for lr in RATES[method]}
     for record in gather(output, dataset, CHOSEN):
-        if (record["method"], record["arm"]) == (method, of):
-            found.setdefault(record["seed"], {})[record["lr"]] = record["final"]["validation_knn"]
-    first = found.get(CHOOSING[0], {})
-    if not first.keys() >= set(RATES[method]):
+        if (record["method"], record["arm"]) == (method, of) and record["lr"] in found:
+            found[record["lr"]][record["seed"]] = record
+    first = CHOOSING[0]
+    if not all(first in of_seeds for of_seeds in found.values()):
         return []
-    best = sorted(RATES[method], key=first.get)[1:]
+    del found[min(found, key=lambda lr: validation({first: found[lr][first]}))]
     if arm in CHOOSERS and epochs == CHOSEN and seed in CHOOSING:
-        return best
-    seeds = [found.get(one, {}) for one in CHOOSING]
-    if not all(rates.keys() >= set(best) for rates in seeds):
+        return list(found)
+    if not all(of_seeds.keys() >= set(CHOOSING) for of_seeds in found.values()):
         return []
-    return [max(best, key=lambda lr: sum(rates[lr] for rates in seeds))]
+    return [best_rate(found)]
 
 
 def harvest(output):

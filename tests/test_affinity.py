@@ -52,6 +52,23 @@ def test_one_pass_gives_what_two_would(crops, norm, form, training):
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("crops", [2, 3])
+@pytest.mark.parametrize("trained", ["weight", "bias"])
+def test_half_frozen_layers_train_their_other_half(crops, trained):
+    affinity, z = Affinity(8, 16).double(), projections(crops)
+    affinity.load_state_dict(state_of("batch"))
+    noise = torch.randn(2, 6, 8, dtype=torch.float64, generator=seeded(1))
+    options = {"noise": noise, "partner": torch.arange(6).roll(1)}
+    parameters = dict(affinity.named_parameters())
+    affinity_loss(affinity, torch.stack(z), **options).backward()
+    expected = {name: p.grad for name, p in parameters.items() if name.endswith(trained)}
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in expected).grad = None
+    affinity_terms(affinity, z, **options)[1].backward()
+    found = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 

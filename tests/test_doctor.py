@@ -3,12 +3,15 @@
 import re
 import subprocess
 import sys
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import logo_plugin
 from logo_plugin.__main__ import main
+from logo_plugin.doctor import HOSTS
 
 
 def run(*arguments, cwd, path=(), **environment):
@@ -83,6 +86,13 @@ def test_commands_and_hosts(capsys):
     with pytest.raises(SystemExit):
         main(["exprot", "byol.ckpt"])
     assert "unknown host or command byol.ckpt, exprot" in capsys.readouterr().err
+
+
+def test_every_host_with_an_extra_is_known(capsys):
+    assert set(HOSTS) < set(metadata.metadata("logo-plugin").get_all("Provides-Extra"))
+    missing = find_spec("stable_pretraining") is None
+    assert main(["stable"]) == missing
+    assert ('pip install "stable-pretraining>=' in capsys.readouterr().out) == missing
 
 
 def test_both_lightnings_and_numpy_are_shown(capsys):

@@ -287,6 +287,11 @@ def test_crops_of_a_picture(tmp_path, capsys):
     assert {(31, 119, 180), (255, 127, 14)} <= colors  # boxes of both kinds
     assert main([*command, "--option", "global_sise=64"]) == 1
     assert "did you mean" in capsys.readouterr().err.lower()
+    assert main([*command, "--rows", "0"]) == 1
+    assert "rows must be a positive integer, got 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--option", "local_crops"])
+    assert "--option: must be NAME=VALUE, got local_crops" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's, of few workers and few batches

@@ -169,6 +169,15 @@ def test_crops_that_the_device_finishes():
     assert learner(crops.to("cpu")).isfinite()
 
 
+def test_views_that_are_none_or_too_few():
+    learner = LoGoLearner(network(), **SMALL)
+    with pytest.raises(TypeError, match=r"LoGoLearner takes a list of views .*got \[list, Tensor\].*batch\[0\]"):
+        learner(MultiCropCollate.cifar10()(tiles(4)))
+    with pytest.raises(ValueError, match=r"got 2 views, of which 2 are global.*MultiCropCollate.*affinity=None"):
+        learner(views()[:2])
+    assert LoGoLearner(network(), affinity=None, **SMALL)(views()[:2]).isfinite()
+
+
 def test_bfloat16_and_a_compiled_backbone():
     net = torch.compile(network(), backend="eager")
     learner = LoGoLearner(net, "moco", **SMALL, **OWN["moco"])

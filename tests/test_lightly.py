@@ -467,6 +467,8 @@ class TestCopies:
         wrapped_class = wrap(hosts.BYOL, affinity=Affinity(16, 8))
         first, second = wrapped_class(), wrapped_class()
         assert first.logo.affinity is not second.logo.affinity
+        given = Affinity(16, 8)
+        assert wrap(hosts.BYOL(), affinity=given).logo.affinity is given  # in an optimizer already, perhaps
         assert first.logo.affinity.mlp[0].out_features == 8
 
     def test_the_users_class_stays_as_it_was(self):
@@ -495,6 +497,19 @@ class TestPlainModules:
         x = batch()[0][0]
         expected = model(x)
         assert torch.equal(wrap(model, criterion=NegativeCosineSimilarity())(x), expected)
+
+    def test_a_whole_batch_is_refused(self):
+        model = wrap(hosts.PlainSimSiam(), criterion=NegativeCosineSimilarity())
+        with pytest.raises(TypeError, match=r"takes a list of views .*, got \[list, Tensor\].*batch\[0\]"):
+            model(MultiCropCollate.cifar10()(tiles(4)))
+
+    def test_unfinished_views_say_so(self):
+        views, targets = MultiCropCollate.cifar10(defer="augment")(tiles(4))
+        model = wrap(hosts.PlainSimSiam(), criterion=NegativeCosineSimilarity())
+        lightning = wrap(hosts.SimSiam())
+        for run in (lambda: model(views), lambda: lightning.training_step([views, targets], 0)):
+            with pytest.raises(TypeError, match=r"these views are not finished.*batch\[0\]\.to\(device\)"):
+                run()
 
     def test_warns_when_the_optimizer_was_built_too_early(self):
         model = hosts.PlainSimSiam()

@@ -687,3 +687,12 @@ def test_layer_norm_judges_each_pair_by_itself():
 def test_affinity_rejects_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match=r"Affinity\(dim=8\) expects .*got \(4, 8\) and \(5, 8\)"):
         Affinity(8)(torch.randn(4, 8), torch.randn(5, 8))
+    with pytest.raises(ValueError, match=r"Affinity\(dim=8\) expects two .*got \(4, 8\) and None"):
+        Affinity(8)(torch.randn(4, 8))
+
+
+@pytest.mark.parametrize("local_crops", [2, 3])
+def test_an_affinity_of_another_width_says_which(local_crops):
+    criterion, views = LoGoLoss(affinity=Affinity(7)), torch.randn(local_crops, 4, 8)
+    with pytest.raises(ValueError, match=r"Affinity\(dim=7\) .* 7 features, got 8\. Set dim=8, the width of"):
+        criterion(global_pred=views[:2], global_target=views[:2], local_pred=views)

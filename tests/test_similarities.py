@@ -10,6 +10,13 @@ from logo_plugin import LoGoLoss, info_nce
 from logo_plugin.similarities import mean_over_pairs, negative_cosine
 
 
+class CosineLoss(torch.nn.Module):
+    """Given as a class, not an instance."""
+
+    def __init__(self, dim=1, eps=1e-8):
+        super().__init__()
+
+
 def views(count, seed, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(5, 8, generator=generator, dtype=dtype).requires_grad_() for _ in range(count)]
@@ -65,6 +72,21 @@ def test_other_callables_get_pairs_one_by_one():
         assert torch.equal(target, known)
         assert target.shape == (5, 8)
         assert not target.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("similarity", "got"),
+    [
+        (F.cosine_similarity, r"shape \(5,\)"),
+        (lambda pred, target: pred @ target.T, r"shape \(5, 5\)"),
+        (CosineLoss, "CosineLoss"),
+        (lambda pred, target: 0.5, "float"),
+    ],
+)
+def test_a_similarity_gives_one_number(similarity, got):
+    pred, target = torch.randn(2, 2, 5, 3)
+    with pytest.raises(ValueError, match=rf"similarity must give a scalar tensor.*got {got}"):
+        LoGoLoss(similarity=similarity)(global_pred=pred, global_target=target)
 
 
 def test_one_similarity_for_each_target():

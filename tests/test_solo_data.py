@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -128,6 +129,29 @@ def test_h5_without_h5py(monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ModuleNotFoundError, match=r"data\.format=h5 needs h5py, which is missing: pip"):
         compose("imagenet-100", "byol", *H5, "data.format=h5")
+
+
+def test_fast_crops_end_with_the_fit(folder):
+    """The next model on the same loader, solo-learn's own too, gets what its own options say."""
+    methods, _ = import_solo()
+    from lightning.pytorch import Trainer
+    from solo.data import pretrain_dataloader as data
+
+    overrides = ("data.dataset=custom", "method_kwargs.logo.fast_crops=true", "max_epochs=1", "+data.num_classes=4")
+    cfg = compose("custom", "byol", "+logo=[byol,first_try]", *overrides)
+    pipelines = [
+        data.NCropAugmentation(data.build_transform_pipeline("custom", crop), crop.num_crops)
+        for crop in cfg.augmentations
+    ]
+    dataset = data.prepare_datasets("custom", data.FullTransformPipeline(pipelines), folder, "image_folder")
+    loader = DataLoader(dataset, batch_size=4, drop_last=True)
+    before = loader.collate_fn, dataset.transform, dataset.loader
+    quiet = {name: False for name in ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Trainer(max_steps=1, accelerator="cpu", **quiet).fit(methods.METHODS[cfg.method](cfg), loader)
+    assert (loader.collate_fn, dataset.transform, dataset.loader) == before
+    assert [view.shape[2] for view in next(iter(loader))[1]] == [64, 64, 32, 32]
 
 
 @pytest.mark.parametrize("fast", [False, True])

@@ -196,9 +196,11 @@ class TestGlobalCrops:
         torch.testing.assert_close(loss, expected.detach())
         assert wrap(hosts.FastSiam(), global_crops=4).training_step(whole, 0).isfinite()
 
-    def test_views_of_one_size_are_asked_about(self):
-        whole = batch((40, 40, 40, 40))
-        with pytest.warns(UserWarning, match=r"all 4 views are 40 x 40 pixels.*global_crops=2"):
+    @pytest.mark.parametrize("sides", [(40, 40, 40, 40), (32, 32, 32, 32, 24, 24), (24, 24, 32, 32)])
+    def test_local_crops_that_are_not_smaller_are_asked_about(self, sides):
+        """A forgotten transform or global_crops=4, or local crops first."""
+        whole, found = batch(sides), ", ".join(map(str, sides))
+        with pytest.warns(UserWarning, match=rf"views of {found} pixels: LoGo takes the first 2.*global_crops=2"):
             wrap(hosts.FastSiam()).training_step(whole, 0)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -434,7 +436,7 @@ class TestCheckpoints:
         for target, saved, what in (
             (model, "stock", "without LoGo's parameters"),
             (model, "none", "without LoGo's parameters"),
-            (bare, "logo", "with LoGo's parameters, which this model has not"),
+            (bare, "logo", "with LoGo's parameters, which this model lacks"),
             (model, "own predictor", "with other options of LoGo"),
         ):
             with pytest.raises(RuntimeError, match=f"saved {what}.*strict=False"):

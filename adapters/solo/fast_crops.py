@@ -32,6 +32,8 @@ class FastCrops:
         ValueError: If a pipeline asks for what `MultiCropTransform` cannot do.
     """
 
+    replaced: tuple[Any, Any]  # the loader's collate_fn, and how an ImageFolder read its files
+
     def __init__(
         self,
         augmentations: ListConfig,
@@ -96,8 +98,8 @@ class FastCrops:
             try:
                 pixels = decode(image)
             except UndecodableError as error:
-                path = f" ({image})" if isinstance(image, str) else ""
-                raise ValueError(f"image {index} of the dataset{path}: {error} Remove or replace it.") from error
+                what = error.of(f"image {index} of the dataset", image if isinstance(image, str) else None)
+                raise ValueError(f"{what} Remove or replace it.") from error
             height, width = pixels.shape[:2]
             drawn = [recipe for pipeline in self.pipelines for recipe in pipeline.draw(width, height)]
             recipes.append(placed(drawn, self.global_crops, self.local_placement, width, height))
@@ -116,7 +118,7 @@ class FastCrops:
 def install(loader: Any, augmentations: ListConfig, **options: Any) -> None:
     """Makes `FastCrops` the collate function of solo-learn's training `DataLoader`, and takes its transform away.
 
-    Before the loader is iterated over: its workers copy the dataset. At a second fit the options are the new ones.
+    Before the loader is iterated over: its workers copy the dataset. `remove` gives both back.
 
     Args:
         loader: What solo-learn's `prepare_dataloader` gives.
@@ -126,15 +128,26 @@ def install(loader: Any, augmentations: ListConfig, **options: Any) -> None:
     Raises:
         ValueError: If the data are not loaded by solo-learn's own image loading.
     """
+    remove(loader)  # a fit that ended in an error has not
     dataset: Any = getattr(loader, "dataset", None)
-    made = getattr(loader, "collate_fn", None)
-    stock = made.stock if isinstance(made, FastCrops) else getattr(dataset, "transform", None)
+    stock = getattr(dataset, "transform", None)
     if not isinstance(stock, FullTransformPipeline):
         raise ValueError(
             f"{PREFIX}fast_crops needs solo-learn's own image loading (data.format=image_folder or h5), got "
             f"{type(loader).__name__}. Set {PREFIX}fast_crops=false, or another data.format."
         )
-    loader.collate_fn = FastCrops(augmentations, stock, **options)
-    dataset.transform = None
+    made = FastCrops(augmentations, stock, **options)
+    made.replaced = loader.collate_fn, getattr(dataset, "loader", None)
+    loader.collate_fn, dataset.transform = made, None
     if isinstance(dataset, ImageFolder):
         dataset.loader = str  # the path: decoded in the collate, in half of Pillow's time
+
+
+def remove(loader: Any) -> None:
+    """Undoes `install`, if it was: the next model that is fitted on the loader chooses for itself."""
+    made = getattr(loader, "collate_fn", None)
+    if isinstance(made, FastCrops):
+        loader.dataset.transform = made.stock
+        loader.collate_fn, read = made.replaced
+        if isinstance(loader.dataset, ImageFolder):
+            loader.dataset.loader = read

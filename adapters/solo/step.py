@@ -109,6 +109,12 @@ class LoGo(BaseMethod):
                 local_placement=self.local_placement,
             )
 
+    def teardown(self, stage: str) -> None:
+        """Gives solo-learn's own crops back."""
+        super().teardown(stage)
+        if stage == "fit" and self.fast_crops:
+            fast_crops.remove(self.trainer.fit_loop._data_source.instance)
+
     def training_step(self, batch: list[Any], batch_idx: int) -> Tensor:
         """The method's own step on the global crops, plus LoGo's terms; global crops come first in the batch."""
         indexes, crops, targets, *boxes = batch

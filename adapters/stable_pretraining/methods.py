@@ -6,23 +6,22 @@ from typing import Any
 
 from torch import Tensor
 
+from logo_plugin.refusals import DENSE, OWN_MULTI_CROP, refuse
 from logo_plugin.similarities import info_nce, negative_cosine
 
-_OWN_MULTI_CROP = "has a multi-crop of its own: give it local crops as it takes them. LoGo has nothing to add"
 _MASKED = "learns from masked or predicted patches, not from two views alone. LoGo cannot extend it"
 _PROTOTYPES = "compares views with prototypes, not with each other. LoGo cannot extend it"
-_DENSE = "compares regions of two images, not their views as a whole. LoGo cannot extend it"
 _JIGSAW = "compares an image with its own shuffled patches and ignores the second view. LoGo cannot extend it"
 _JOINT = "computes its loss from statistics of both views together, inside its forward. LoGo cannot call it"
 _TEXTS = "compares images with texts. LoGo cannot extend it"
 REFUSED = {
-    **dict.fromkeys(("DINO", "DINOv2", "DINOv3", "SwAV", "LeJEPA", "VISReg"), _OWN_MULTI_CROP),
-    **dict.fromkeys(("DINOv1Loss", "DINOv2Loss"), _OWN_MULTI_CROP),
+    **dict.fromkeys(("DINO", "DINOv2", "DINOv3", "SwAV", "LeJEPA", "VISReg"), OWN_MULTI_CROP),
+    **dict.fromkeys(("DINOv1Loss", "DINOv2Loss"), OWN_MULTI_CROP),
     **dict.fromkeys(("BEiT", "CMAE", "CrossMAE", "Data2Vec", "iBOT", "IJEPA", "iGPT", "MAE", "MaskFeat"), _MASKED),
     **dict.fromkeys(("MIMRefiner", "NEPA", "SALT", "SimMIM", "iBOTPatchLoss", "MAELoss"), _MASKED),
     **dict.fromkeys(("MSN", "PMSN", "SwAVLoss"), _PROTOTYPES),
     **dict.fromkeys(("TiCO", "WMSE"), _JOINT),
-    "VICRegL": _DENSE,
+    "VICRegL": DENSE,
     "PIRL": _JIGSAW,
     "CLIPLoss": _TEXTS,
 }
@@ -36,7 +35,7 @@ def method_of(cls: type) -> str | None:
     """
     name = next((base.__name__ for base in cls.__mro__ if is_of("methods", base)), None)
     if name in REFUSED:
-        _refuse(name, name)
+        refuse(name, REFUSED[name])
     return name
 
 
@@ -48,7 +47,7 @@ def check_loss(loss: type, model: str) -> None:
     """
     for base in loss.__mro__:
         if base.__name__ in REFUSED and is_of("losses", base):
-            _refuse(f"{model} trains with {base.__name__}, which", base.__name__)
+            refuse(f"{model} trains with {base.__name__}, which", REFUSED[base.__name__])
 
 
 def is_of(part: str, cls: type) -> bool:
@@ -83,7 +82,3 @@ def crossed(preds: list[Tensor], targets: list[Tensor], name: str) -> list[tuple
             "of each, as the class computes them. Use LoGoLoss directly."
         )
     return list(zip(preds, reversed(targets), strict=True))
-
-
-def _refuse(subject: str | None, name: str | None) -> None:
-    raise ValueError(f"{subject} {REFUSED[str(name)]} (LoGoLoss can be used directly).")

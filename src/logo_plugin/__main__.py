@@ -56,7 +56,7 @@ def _export(arguments: list[str]) -> int:
     parser.add_argument("--arch", required=True, help="the library's name of the network, as resnet18")
     parser.add_argument("--backbone", metavar="PATH", help="where in the model it is, as backbone_momentum")
     parser.add_argument("--cifar-stem", type=int, metavar="PADDING", help="ResNet with a 3 x 3 stem and no pooling")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the library's network")
+    _add_option(parser, "of the library's network, as img_size=96")
     parser.add_argument("--trust", action="store_true", help="read a file that may run code: your own")
     given = parser.parse_args(arguments)
     if given.output.exists() and given.output.samefile(given.checkpoint):
@@ -65,15 +65,9 @@ def _export(arguments: list[str]) -> int:
 
     from logo_plugin.export import export_backbone
 
-    options: dict[str, Any] = {}
-    for option in given.option:
-        name, equals, value = option.partition("=")
-        if not equals:
-            parser.error(f"--option must be NAME=VALUE, as img_size=96, got {option}")
-        options[name] = _literal(value)
     found = export_backbone(
         given.checkpoint, given.to, given.arch,
-        backbone=given.backbone, cifar_stem=given.cifar_stem, trust=given.trust, **options,
+        backbone=given.backbone, cifar_stem=given.cifar_stem, trust=given.trust, **dict(given.option),
     )  # fmt: skip
     torch.save(found.state_dict, given.output)
     where = found.path or "the whole source"
@@ -92,11 +86,18 @@ def _owner(name: str, backbone: str) -> str:
     return name if inside else name.split(".")[0]
 
 
-def _literal(value: str) -> Any:
+def _add_option(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--option", action="append", default=[], type=_option, metavar="NAME=VALUE", help=what)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text}")
     try:
-        return ast.literal_eval(value)
+        return name, ast.literal_eval(value)
     except (SyntaxError, ValueError):
-        return value
+        return name, value
 
 
 def _crops(arguments: list[str]) -> int:
@@ -107,16 +108,15 @@ def _crops(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("crops.png"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=3, help="how often the crops are drawn")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of MultiCropCollate")
+    _add_option(parser, "of MultiCropCollate, as local_size=32")
     given = parser.parse_args(arguments)
     import torch
 
     from logo_plugin.crops import MultiCropCollate
     from logo_plugin.picture import draw_crops
 
-    options = {name: _literal(value) for name, _, value in (option.partition("=") for option in given.option)}
     torch.manual_seed(given.seed)
-    draw_crops(given.image, MultiCropCollate(**options), rows=given.rows).save(given.output)
+    draw_crops(given.image, MultiCropCollate(**dict(given.option)), rows=given.rows).save(given.output)
     print(f"{given.output}: global crops in blue, local crops in orange")
     return 0
 

@@ -70,22 +70,17 @@ class Affinity(nn.Module):
         Raises:
             ValueError: If the shapes differ, or are not (N, D) or (P, N, D) with D = `dim`.
         """
-        if isinstance(first, Pairs):
-            if first.crops.shape[-1] != self.dim:
+        if isinstance(first, Pairs) or (second is None and first.ndim == 3):
+            features = first.crops.shape[-1] if isinstance(first, Pairs) else first.shape[-1] / 2
+            if features != self.dim:
                 raise ValueError(
-                    f"Affinity(dim={self.dim}) expects projections (N, L, {self.dim}), got {tuple(first.crops.shape)}. "
-                    "Set dim to the width of your projector's output."
+                    f"Affinity(dim={self.dim}) expects projections of {self.dim} features, got {features:g}. "
+                    f"Set dim={features:g}, the width of your projector's output."
                 )
-        elif second is None:
-            if first.ndim != 3 or first.shape[-1] != 2 * self.dim:
-                raise ValueError(
-                    f"Affinity(dim={self.dim}) expects pairs of projections side by side, (N, P, {2 * self.dim}), got "
-                    f"{tuple(first.shape)}. Set dim to the width of your projector's output."
-                )
-        elif first.shape != second.shape or first.ndim not in (2, 3) or first.shape[-1] != self.dim:
+        elif second is None or first.shape != second.shape or first.ndim not in (2, 3) or first.shape[-1] != self.dim:
             raise ValueError(
                 f"Affinity(dim={self.dim}) expects two tensors of one shape (N, {self.dim}) or "
-                f"(P, N, {self.dim}), got {tuple(first.shape)} and {tuple(second.shape)}. "
+                f"(P, N, {self.dim}), got {tuple(first.shape)} and {None if second is None else tuple(second.shape)}. "
                 "Set dim to the width of your projector's output."
             )
         given = first.crops if isinstance(first, Pairs) else first

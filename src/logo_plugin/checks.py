@@ -5,7 +5,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -32,6 +32,16 @@ def as_views(name: str, value: Views | None) -> list[Tensor]:
     if views and not views[0].numel():
         raise ValueError(f"{name} needs at least one image and one feature, got {shapes(views)}; skip empty batches.")
     return views
+
+
+def views_alone(name: str, views: Any) -> None:
+    """TypeError if what should be the views of a batch is the whole batch."""
+    if not all(isinstance(view, Tensor) for view in views):
+        got = ", ".join(type(item).__name__ for item in views)
+        raise TypeError(
+            f"{name} takes a list of views (N, C, H, W), got [{got}]. In a batch of MultiCropCollate's it is the first "
+            "item, batch[0]."
+        )
 
 
 def same_shape(name: str, views: Sequence[Tensor], other_name: str, others: Sequence[Tensor]) -> None:

@@ -415,11 +415,11 @@ class MultiCropCollate(MultiCropTransform):
             return {"views": views, **columns, **batch}
         return {"views": [{"image": view, **columns} for view in views], **batch}
 
-    def _report(self, position: int, row: Sequence[Any], error: Exception) -> None:
+    def _report(self, position: int, row: Sequence[Any], error: UndecodableError) -> None:
         """Raises or warns, naming the sample."""
         image = row[0].get("path") if isinstance(row[0], Mapping) else row[0]
         name = row[2] if len(row) == 3 else image if isinstance(image, (str, os.PathLike)) else None
-        message = f"sample {position} of the batch" + (f" ({name})" if name is not None else "") + f": {error}"
+        message = error.of(f"sample {position} of the batch", name)
         if self.on_error == "raise":
             raise ValueError(f'{message} Remove it, or replace bad images with on_error="skip".') from error
         if name is None or str(name) not in self._warned:

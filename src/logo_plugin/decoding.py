@@ -25,6 +25,10 @@ _RGB = 3  # torchvision.io.ImageReadMode.RGB
 class UndecodableError(ValueError):
     """The image cannot be decoded."""
 
+    def of(self, place: str, name: object = None) -> str:
+        """The message for who has many images: where this one is, and its name if it has one."""
+        return f"{place}{'' if name is None else f' ({name})'}: {self}"
+
 
 def decode(image: ImageLike) -> Tensor:
     """Decodes an image of any kind and mode, once.

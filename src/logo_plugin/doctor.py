@@ -12,7 +12,7 @@ from pathlib import Path
 
 import logo_plugin
 
-HOSTS = ("lightly", "solo", "timm")
+HOSTS = ("lightly", "solo", "stable", "timm")
 SHOWN = (
     "torch",
     "torchvision",
@@ -22,6 +22,7 @@ SHOWN = (
     "torchmetrics",
     "hydra-core",
     "lightly",
+    "stable-pretraining",
     "timm",
 )
 
@@ -56,7 +57,7 @@ def report(asked: list[str]) -> int:
             elif not problems:
                 methods, problems = _solo_methods()
         elif not problems:
-            methods = {"lightly": ["wrap() for BYOL, MoCo and SimSiam models"], "timm": ["backbones"]}[host]
+            methods = ["backbones" if host == "timm" else "wrap() for methods of two views"]
         failed |= bool(_report(host, problems, methods, asked=host in asked)) and host in asked
     return int(failed)
 

@@ -66,9 +66,9 @@ class _Linear(torch.autograd.Function):
                 to_x = F.pad(grad[:, :frozen] @ weight, (0, 0, 0, grad.shape[1] - frozen))
             elif ctx.needs_input_grad[0]:
                 to_x = grad @ weight
-            if ctx.needs_input_grad[1]:
+            if any(ctx.needs_input_grad[1:3]):
                 trained = F.pad(grad[:, frozen:], (0, 0, frozen, 0)).flatten(0, 1)
-                to_weight = trained.T @ x.flatten(0, 1)
+                to_weight = trained.T @ x.flatten(0, 1) if ctx.needs_input_grad[1] else None
                 to_bias = trained.sum(0) if ctx.needs_input_grad[2] else None
         return to_x, to_weight, to_bias, None, None
 

@@ -41,13 +41,14 @@ class Watched(NamedTuple):
 class Observed(NamedTuple):
     """What one step of the host says about its objective.
 
-    scale: What the host multiplies its mean similarity with.
-    global_global: That mean (scalar).
-    global_pairs: Pairs of global crops behind it; a symmetric call compares two.
-    preds: What carries gradient of that which the criterion was given, (N, D) each.
-    mutual: Whether both sides of a call carry gradient: each is prediction and, detached, target.
-    targets: What local crops are pulled to, (N, D) each, without gradient.
-    similarity: (prediction of a local crop, target) -> scalar.
+    Attributes:
+        scale: What the host multiplies its mean similarity with.
+        global_global: That mean (scalar).
+        global_pairs: Pairs of global crops behind it; a symmetric call compares two.
+        preds: Of what the criterion was given, what carries gradient, (N, D) each.
+        mutual: Whether both sides of a call carry gradient: each is prediction and, detached, target.
+        targets: What local crops are pulled to, (N, D) each, without gradient.
+        similarity: (prediction of a local crop, target) -> scalar.
     """
 
     scale: Tensor

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
+from logo_plugin.checks import positive_integer
 from logo_plugin.crops import MultiCropCollate
 from logo_plugin.decoding import ImageLike, decode
 
@@ -29,8 +30,9 @@ def draw_crops(image: ImageLike, collate: MultiCropCollate, *, rows: int = 3) ->
         The picture, as high as the rows of crops.
 
     Raises:
-        ValueError: If the image cannot be decoded.
+        ValueError: If the image cannot be decoded, or `rows` is not a positive integer.
     """
+    positive_integer("rows", rows)
     pixels = decode(image)[..., :3].permute(2, 0, 1).contiguous()
     collate = replace(collate, defer=None, return_boxes=True)
     views, boxes = collate([pixels] * rows)

@@ -70,12 +70,21 @@ def mean_over_pairs(
         return _info_nce(p, t, options.get("queue"), options.get("temperature", 0.2))
     return torch.stack(
         [
-            score(pred, target)
+            _number(score(pred, target))
             for i, pred in enumerate(preds)
             for j, (score, target) in enumerate(zip(each, targets, strict=True))
             if i != j or not apart
         ]
     ).mean()
+
+
+def _number(value: object) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"similarity must give a scalar tensor, the lower the nearer, as the mean over the images; got {got}."
+        )
+    return value
 
 
 def mean_target(targets: Sequence[Tensor]) -> Tensor:

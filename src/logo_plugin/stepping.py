@@ -68,7 +68,7 @@ def _logo_step(
         overlap = crop_overlap(boxes.boxes[count:])
     first = not model._logo_sources
     if first and settings.global_crops is None:
-        _warn_of_equal_sizes(views, count)
+        _warn_of_large_local_crops(views, count)
     heads = model.find_heads(settings.projector)
     with outputs_of(heads.modules) as ran, model.watch_step(heads, ran) as observe:
         out = _host_step(model, step, global_views) if first else step(global_views)
@@ -213,11 +213,13 @@ def _explained(message: str) -> Iterator[None]:
         raise RuntimeError(message.format(f"{type(error).__name__}: {error}")) from error
 
 
-def _warn_of_equal_sizes(views: Sequence[Tensor], count: int) -> None:
+def _warn_of_large_local_crops(views: Sequence[Tensor], count: int) -> None:
     """32 pixels are CIFAR's, whose local crops are as large as the global ones in the paper."""
-    if len({view.shape[-2:] for view in views}) == 1 and max(views[0].shape[-2:]) > 32:
+    sides = [max(view.shape[-2:]) for view in views]
+    if max(sides[count:]) >= min(sides[:count]) and (len(set(sides)) > 1 or sides[0] > 32):
         warnings.warn(
-            f"all {len(views)} views are {views[0].shape[-2]} x {views[0].shape[-1]} pixels; LoGo takes the first "
-            f"{count} for global crops, the others for local ones. Say so with global_crops={count}, or how many are.",
+            f"views of {', '.join(map(str, sides))} pixels: LoGo takes the first {count} for global crops, the others "
+            f"for local ones, which are smaller as a rule. Put the global ones first, or say how many there are, with "
+            f"global_crops={count} if all is as it should be.",
             stacklevel=3,
         )

@@ -66,8 +66,12 @@ class LoGoModel(nn.Module):
         super().__init__(*args, **kwargs)
         self.attach_logo()
 
-    def attach_logo(self) -> None:
-        """Builds what LoGo adds to the model; raises before anything is added."""
+    def attach_logo(self, *, only: bool = False) -> None:
+        """Builds what LoGo adds to the model; raises before anything is added.
+
+        Args:
+            only: No other model is made with these options, so it takes an affinity that was given, not a copy.
+        """
         name = type(self).__name__
         if isinstance(self, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             raise ValueError(f"{name} runs all that it holds, LoGo's part too; put it into a module of your own.")
@@ -86,7 +90,7 @@ class LoGoModel(nn.Module):
         settings = replace(settings, step=self.find_step(settings, criterion, heads))
         if settings.checkpoint_local_crops and self.find_backbone(heads) is None:
             raise ValueError(f"checkpoint_local_crops=True needs an attribute 'backbone', and {name} has none.")
-        affinity = copy.deepcopy(settings.affinity)
+        affinity = settings.affinity if only else copy.deepcopy(settings.affinity)
         if affinity == "auto":
             affinity = Affinity(width(heads.projector))
         if settings.local_predictor and heads.predictor is None:
@@ -152,7 +156,7 @@ class LoGoModel(nn.Module):
         return getattr(self, method)(images) if isinstance(method, str) else method(images)
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        """As torch's, but says what is the matter when only LoGo's part does not fit."""
+        """As torch's, but says so when it is LoGo's part that does not fit."""
         try:
             return super().load_state_dict(state_dict, *args, **kwargs)
         except RuntimeError as error:
@@ -165,7 +169,7 @@ class LoGoModel(nn.Module):
             if own and found:
                 what = "with other options of LoGo (affinity, local_predictor)"
             else:
-                what = "without LoGo's parameters" if own else "with LoGo's parameters, which this model has not"
+                what = "without LoGo's parameters" if own else "with LoGo's parameters, which this model lacks"
             raise RuntimeError(
                 f"the checkpoint was saved {what}. To take over what fits, load_state_dict(..., strict=False); the "
                 f"optimizer's state cannot be taken over. {error}"
@@ -201,7 +205,7 @@ def attach(x: Any, mixin: type[LoGoModel], settings: Settings, options: dict[str
         return cls
     x.__class__ = cls
     try:
-        x.attach_logo()
+        x.attach_logo(only=True)
     except BaseException:
         x.__class__ = base
         raise

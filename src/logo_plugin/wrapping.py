@@ -56,8 +56,8 @@ def wrap(
         x: A model of two views as lightly's examples and benchmarks write them, a LightningModule or plain
             `nn.Module`, the instance or its class (also as a decorator). Or the class of a solo-learn method, which
             takes the options of `logo_plugin.adapters.solo.wrap` instead of these.
-        affinity: "auto" builds `Affinity` for the projector's width; a module; or None for plain multi-crop without
-            repulsion.
+        affinity: "auto" builds `Affinity` for the projector's width; a module, of which each model of a class has a
+            copy; or None for plain multi-crop without repulsion.
         local_weight: As the next seven, an option of `LoGoLoss`; None leaves it at its default.
         gradient_ratio: See `LoGoLoss`.
         local_global_weight: See `LoGoLoss`.
@@ -87,7 +87,7 @@ def wrap(
         local_predictor: Give local crops a predictor of their own (MULAN, arXiv 2602.05845): a copy of the model's,
             made when wrapping, in the same optimizer group and with the same initial values (MULAN draws others). The
             model's own then sees global crops only.
-        **others: None for these models.
+        **others: Of solo-learn's methods only; for other models unknown options, which are refused.
 
     Returns:
         The same instance, wrapped in place; or, for a class, a subclass of it of the same name.
