@@ -5,7 +5,8 @@ runs unchanged on the global crops. Neither lightly nor Lightning is imported.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from logo_plugin.crops import CropBoxes, DeferredViews
-from logo_plugin.online import Heads, Method, Names
+from logo_plugin.observing import Observed
+from logo_plugin.online import Heads, Method, Names, Outputs
 from logo_plugin.refusals import DENSE, OWN_MULTI_CROP, refuse
+from logo_plugin.similarities import negative_cosine
 from logo_plugin.stepping import join_optimizer, log_terms, logo_step
-from logo_plugin.wrapped import LoGoModel
+from logo_plugin.wrapped import LoGoModel, resolve
 
 NAMES = Names(
     projector=("projection_head", "projection_mlp", "projector"),
@@ -88,6 +91,18 @@ class LightlyModel(LoGoModel):
             names = [name for name in _ONLINE if self._brings(name)][:1]
             methods = [(name, partial(self.call_logo, name)) for name in names]
         return methods + super().online_methods(heads)
+
+    @contextmanager
+    def watch_step(self, heads: Heads, outputs: Outputs) -> Iterator[Callable[[Tensor], Observed]]:
+        """As usual, but lightly's cosine is the core's, which takes all pairs at once instead of one by one."""
+        criterion: Any = resolve(self, self.logo_settings.criterion)
+        cls = type(criterion)
+        cosine = cls.__name__ == "NegativeCosineSimilarity" and cls.__module__.startswith("lightly.loss")
+        with super().watch_step(heads, outputs) as observe:
+            if cosine and (criterion.dim, criterion.eps) == (1, 1e-8):
+                yield lambda loss: observe(loss)._replace(similarity=negative_cosine)
+            else:
+                yield observe
 
     def _brings(self, name: str) -> bool:
         """Whether the user's class has a method (LightningModule and Module bring a forward of their own)."""

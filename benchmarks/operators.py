@@ -1,6 +1,7 @@
 """How many operators LoGo's terms dispatch in a step: on a GPU each is a kernel launch, whatever the batch.
 
     python benchmarks/operators.py
+    python benchmarks/operators.py --lightly  # and a whole step of BYOL as lightly's examples write it, wrapped
 
 Counted by `TorchDispatchMode`, on the CPU: the loss forward and backward, from predictions and projections to their
 gradients and the affinity's; 2 global and `--local-crops` local crops. Views and bare allocations launch nothing and
@@ -8,14 +9,17 @@ are not counted; kernels that one operator launches itself (a reduction's second
 """
 
 import argparse
+import sys
+import warnings
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from logo_plugin import Affinity, LoGoLoss, info_nce
+from logo_plugin import Affinity, LoGoLoss, info_nce, wrap
 
 _FREE = ("aten::detach", "aten::_unsafe_view", "aten::empty", "aten::new_empty", "aten::new_empty_strided")
 IMAGES, FEATURES = 16, 32
@@ -47,10 +51,25 @@ def count(local_crops=2, **options):
     return counting.found
 
 
+def of_byol(local_crops, affinity):
+    """Operators of the second step of a wrapped BYOL on a network of one convolution, forward and backward."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    from lightly_models import BYOL
+
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.AdaptiveAvgPool2d(1))
+    model = wrap(BYOL(net, 8), affinity=affinity)
+    views = [torch.randn(IMAGES, 3, size, size) for size in (16, 16, *[8] * local_crops)]
+    model.training_step([views], 0)
+    with Count() as counting:
+        model.training_step([views], 1).backward()
+    return counting.found.total()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--local-crops", type=int, default=2)
     parser.add_argument("--names", action="store_true", help="which operators LoGo adds to multi-crop, with cosine")
+    parser.add_argument("--lightly", action="store_true")
     arguments = parser.parse_args()
     similarities = {
         "cosine": "cosine",
@@ -65,6 +84,10 @@ def main():
         plain, logo = counted().total(), counted(affinity=Affinity(FEATURES)).total()
         layer = counted(affinity=Affinity(FEATURES, norm="layer")).total()
         print(f"{name:26}{plain:12}{logo:8}{logo - plain:8}{layer:12}")
+    if arguments.lightly:
+        warnings.simplefilter("ignore")  # no Trainer to log to
+        plain, logo = (of_byol(arguments.local_crops, affinity) for affinity in (None, "auto"))
+        print(f"{'BYOL of lightly, all of it':26}{plain:12}{logo:8}{logo - plain:8}")
     if arguments.names:
         more = count(arguments.local_crops, affinity=Affinity(FEATURES))
         more.subtract(count(arguments.local_crops))

@@ -220,6 +220,32 @@ def test_presets():
     loss_of(other.training_step(batch(), 0)).backward()
 
 
+class HalfCosine(NegativeCosineSimilarity):
+    def forward(self, x0, x1):
+        return super().forward(x0, x1) / 2
+
+
+class TestCosine:
+    """lightly's own class is known, and all pairs are taken at once; what only looks like it is called pair by pair."""
+
+    @pytest.mark.parametrize(
+        ("criterion", "factor"),
+        [(NegativeCosineSimilarity(), 1.0), (NegativeCosineSimilarity(eps=1e-6), 1.0), (HalfCosine(), 0.5)],
+    )
+    def test_local_global(self, criterion, factor):
+        model = hosts.BYOL()
+        model.criterion = criterion
+        model = wrap(model, affinity=None)
+        seen = []
+        model.prediction_head.register_forward_hook(lambda _, args, out: seen.append(out.detach()))
+        targets = []
+        model.projection_head_momentum.register_forward_hook(lambda _, args, out: targets.append(out.detach()))
+        model.training_step(batch(), 0)
+        local = torch.cat([pred for pred in seen[2:]]).split(6)
+        expected = torch.stack([-F.cosine_similarity(p, t).mean() for p in local for t in targets]).mean()
+        torch.testing.assert_close(model.logo_terms.local_global, factor * expected)
+
+
 class TestOverlap:
     """Repulsion weighed by crop overlap, with the boxes that the collate gives."""
 
