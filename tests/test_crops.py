@@ -375,6 +375,8 @@ def test_a_batch_without_any_good_image_is_an_error():
     ("samples", "match"),
     [
         ([], "got 0 samples"),
+        (Image.new("RGB", (9, 9)), "takes a batch, as collate_fn .*got Image.*MultiCropTransform"),
+        ("photo.jpg", "takes a batch, as collate_fn .*got str.*MultiCropTransform"),
         ([1, 2], "got int"),
         ([(0, Image.new("RGB", (9, 9)), 1)], "got int"),
         ([(Image.new("RGB", (9, 9)), 1), Image.new("RGB", (9, 9))], r"\[1, 2\] items"),
@@ -453,6 +455,7 @@ def test_bad_options_say_what_was_expected(option, value, match):
         ((), {"workers": 4}, r"unknown option workers; none is near\. There are"),
         ((), {"_warned": set()}, "unknown option _warned"),
         ((2, 4), {}, r"takes its options by name, as in global_size=224; got \(2, 4\)"),
+        (([*range(99)],), {}, r"got \(\[0, 1, 2, 3, 4, 5, \.\.\.\],\)\. If .* was given the class, give it an instance"),
     ],
 )
 def test_unknown_options_are_named(cls, arguments, options, match):

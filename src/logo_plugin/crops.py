@@ -3,8 +3,9 @@
 import functools
 import math
 import os
+import reprlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -150,7 +151,10 @@ class MultiCropTransform:
         """Refuses what the dataclass's own `__init__` would, with a message that helps."""
         valid = {option.name for option in fields(cls) if option.init}
         if positional:
-            raise TypeError(f"{cls.__name__} takes its options by name, as in global_size=224; got {positional!r}.")
+            raise TypeError(
+                f"{cls.__name__} takes its options by name, as in global_size=224; got {reprlib.repr(positional)}. If a "
+                f"DataLoader or dataset was given the class, give it an instance, {cls.__name__}()."
+            )
         for name in options.keys() - valid:
             raise TypeError(f"{cls.__name__}: {unknown_option(name, valid)}")
         return super().__new__(cls)
@@ -355,6 +359,11 @@ class MultiCropCollate(MultiCropTransform):
                 `on_error="skip"` only if none of the batch can.
             TypeError: If the samples are of another kind, or torch's `default_collate` can't stack the targets.
         """
+        if isinstance(samples, (str, bytes)) or not isinstance(samples, Iterable):
+            raise TypeError(
+                f"MultiCropCollate takes a batch, as collate_fn of a DataLoader, got {type(samples).__name__}. As a "
+                "dataset's transform use MultiCropTransform, which has the same options."
+            )
         if isinstance(samples, Mapping):
             samples = _rows(samples, self.image_key, self.target_key)
         elif self.image_key is not None:
