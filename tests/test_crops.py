@@ -455,7 +455,11 @@ def test_bad_options_say_what_was_expected(option, value, match):
         ((), {"workers": 4}, r"unknown option workers; none is near\. There are"),
         ((), {"_warned": set()}, "unknown option _warned"),
         ((2, 4), {}, r"takes its options by name, as in global_size=224; got \(2, 4\)"),
-        (([*range(99)],), {}, r"got \(\[0, 1, 2, 3, 4, 5, \.\.\.\],\)\. If .* was given the class, give it an instance"),
+        (
+            ([*range(99)],),
+            {},
+            r"got \(\[0, 1, 2, 3, 4, 5, \.\.\.\],\)\. If .* was given the class, give it an instance",
+        ),
     ],
 )
 def test_unknown_options_are_named(cls, arguments, options, match):

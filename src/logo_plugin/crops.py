@@ -152,8 +152,8 @@ class MultiCropTransform:
         valid = {option.name for option in fields(cls) if option.init}
         if positional:
             raise TypeError(
-                f"{cls.__name__} takes its options by name, as in global_size=224; got {reprlib.repr(positional)}. If a "
-                f"DataLoader or dataset was given the class, give it an instance, {cls.__name__}()."
+                f"{cls.__name__} takes its options by name, as in global_size=224; got {reprlib.repr(positional)}. If "
+                f"a DataLoader or dataset was given the class, give it an instance, {cls.__name__}()."
             )
         for name in options.keys() - valid:
             raise TypeError(f"{cls.__name__}: {unknown_option(name, valid)}")
