@@ -114,13 +114,17 @@ def flag(name: str, value: bool) -> bool:
 
 
 def options_by_name(init: Callable[P, None]) -> Callable[P, None]:
-    """For an `__init__`: refuses names that it does not have with `unknown_option`'s message."""
-    valid = list(inspect.signature(init).parameters)[1:]
+    """For an `__init__`: refuses unknown names, and options by position, with a message that helps."""
+    cls, parameters = init.__qualname__.split(".")[0], inspect.signature(init).parameters
+    valid, by_name = list(parameters)[1:], [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
 
     @functools.wraps(init)
     def checked(*args: P.args, **kwargs: P.kwargs) -> None:
         for name in kwargs.keys() - valid:
-            raise TypeError(f"{init.__qualname__.split('.')[0]}: {unknown_option(name, valid)}")
+            raise TypeError(f"{cls}: {unknown_option(name, valid)}")
+        if len(args) > len(parameters) - len(by_name):
+            got = ", ".join(type(arg).__name__ for arg in args[1:])
+            raise TypeError(f"{cls} takes its options by name, as in {by_name[0]}=...; got {got} without one.")
         init(*args, **kwargs)
 
     return checked
