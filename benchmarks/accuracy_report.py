@@ -208,8 +208,12 @@ def factors(runs, method, base):
 
 def draw_curves(panels, path):
     """k-NN against compute; `panels` are (title, runs, method)."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.6), layout="constrained", squeeze=False)
-    for axis, (title, runs, method) in zip(axes[0], panels, strict=True):
+    rows = 1 + (len(panels) > 3)
+    columns = math.ceil(len(panels) / rows)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3.6 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (title, runs, method) in zip(axes.flat, panels, strict=False):
         for arm in MAIN:
             of_seeds = list(runs.get((method, arm), {}).values())
             if not of_seeds:
@@ -303,11 +307,11 @@ def main():
     if options.json:
         options.json.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
     if options.figures and len(everything) > 1:
-        first = next(iter(everything))
+        *_, last = everything  # of which one method stands for all
         panels = [
-            (f"{dataset.split()[0]}, {method}", runs, method)
+            (f"{dataset}{' epochs' * (' ' in dataset)}, {method}", runs, method)
             for dataset, runs in everything.items()
-            for method in list(dict.fromkeys(method for method, _ in runs))[: None if dataset == first else 1]
+            for method in list(dict.fromkeys(method for method, _ in runs))[: 1 if dataset == last else None]
         ]
         draw_curves(panels, options.figures / "accuracy_curves.png")
     for dataset, runs in everything.items():

@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy_study.py --data data              # start it twice for two cores
     python benchmarks/accuracy_study.py --data data --harvest    # finished runs into benchmarks/results/
-    python benchmarks/accuracy_report.py benchmarks/results/{imagenette_11,accuracy_small}.json \\
+    python benchmarks/accuracy_report.py benchmarks/results/{imagenette_60,imagenette_11,accuracy_small}.json \\
         --into docs/results.md --figures docs
 
 Every run leaves a fifth of the training images out. By k-NN on that fifth 2 crops and multi-crop choose their learning
