@@ -241,7 +241,7 @@ def test_timm_networks_of_one_size_are_refused(model, key):
     ("given", "error", "message"),
     [
         (views()[0], TypeError, r"takes a list of views, got a tensor; learner\.backbone\(x\)"),
-        (views()[:1], ValueError, "at least 2 global crops, got 1"),
+        (views()[:1], ValueError, "got 1 views, of which 2 are global, so there are no local crops"),
         (views()[:3], ValueError, "at least 2 local crops"),
     ],
 )

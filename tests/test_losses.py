@@ -558,7 +558,7 @@ GOOD = {
         ({"local_proj": views((3, 8), (3, 8))}, r"local_proj matches local_pred"),
         (
             {"local_proj": views((4, 5), (4, 5))},
-            r"Affinity\(dim=8\) expects .*16\), got \(4, 5, 10\)\. Set dim",
+            r"Affinity\(dim=8\) expects projections of 8 features, got 5\. Set dim=5",
         ),
     ],
 )
