@@ -4,11 +4,12 @@
     python benchmarks/soak.py --steps 200000
 
 Each part trains for `--steps` steps, every tenth of which fails half-way, as a run does that goes on after an error.
-A part fails when memory or the number of live tensors still grows in the second half, or hooks remain. `make soak` runs
-this and ten times the examples of tests/test_properties.py; exit status 1 if anything failed.
+A part fails when memory or the number of live tensors or context variables still grows in the second half, or hooks
+remain. `make soak` runs this and ten times the examples of tests/test_properties.py; exit status 1 if anything failed.
 """
 
 import argparse
+import contextvars
 import copy
 import gc
 import io
@@ -49,7 +50,7 @@ def patched(module):
 def watch(name, module, step, steps):
     """Runs a part; gives whether it held."""
     before = hooks(module), patched(module)
-    marks, tensors, failures = [], [], 0
+    marks, tensors, variables, failures = [], [], [], 0
     start = time.process_time()
     for i in range(steps):
         try:
@@ -59,14 +60,15 @@ def watch(name, module, step, steps):
         if i in (steps // 2, steps - 1):
             gc.collect()
             tensors.append(sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
+            variables.append(len(contextvars.copy_context()))
             marks.append(resident())  # now: the list of all objects was memory too
-    grown, more = marks[1] - marks[0], tensors[1] - tensors[0]
+    grown, more, set_more = (b - a for a, b in (marks, tensors, variables))
     left = hooks(module) - before[0] + patched(module) - before[1]
-    good = grown < ALLOWED and more <= 0 and not left and failures == steps // 10
+    good = grown < ALLOWED and more <= 0 and set_more <= 0 and not left and failures == steps // 10
     cost = (time.process_time() - start) / steps * 1e3
     print(
         f"{name:24}{steps:9} steps, {failures} failed, {cost:.1f} ms each; second half: memory {grown / MIB:+.2f} MiB, "
-        f"tensors {more:+}; hooks left {left}: {'ok' if good else 'FAILED'}",
+        f"tensors {more:+}, context variables {set_more:+}; hooks left {left}: {'ok' if good else 'FAILED'}",
         flush=True,
     )
     return good

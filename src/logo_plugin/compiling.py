@@ -1,8 +1,8 @@
 """What `torch.compile` must leave alone: LoGo watches a step from outside its graphs, the networks are compiled."""
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +23,18 @@ def eager_frame(function: F) -> F:
     return found
 
 
-def gradients_inside() -> AbstractContextManager[None]:
-    """While it lasts, graphs are compiled so that a gradient can be taken through them before backward."""
+@contextmanager
+def gradients_inside() -> Iterator[None]:
+    """While it lasts, graphs are compiled so that a gradient can be taken through them before backward.
+
+    Not by `config.patch`, which in torch 2.14 leaves a new context variable behind at each use: memory would grow.
+    """
     config: Any = sys.modules.get("torch._functorch.config")
-    return config.patch(donated_buffer=False) if hasattr(config, "donated_buffer") else nullcontext()
+    if not getattr(config, "donated_buffer", False):
+        yield
+        return
+    config.donated_buffer = False
+    try:
+        yield
+    finally:
+        config.donated_buffer = True
