@@ -3,6 +3,7 @@
     python benchmarks/resume.py             # Linux: the runs are forked; about 5 minutes of CPU time
     python benchmarks/resume.py --only moco
     SOLO_LEARN_ROOT=... python benchmarks/resume.py --only solo     # its main_pretrain.py, resumed by its AutoResumer
+    python benchmarks/resume.py --only stable     # stable-pretraining's Manager, if it is installed
 
 Each run trains on tiles of photographs, 16 batches an epoch, with a checkpoint after step 8. It is killed (SIGKILL)
 in step 11, between backward and optimizer, and resumed in a new process up to step 28, in the next epoch. A step counts
@@ -15,6 +16,7 @@ The cures are below: `Batches` and `ResumableLoader` (data), `SeedEachStep` (wha
 import argparse
 import functools
 import hashlib
+import importlib.util
 import logging
 import multiprocessing
 import os
@@ -210,6 +212,41 @@ def solo_run(method, logo, cures, folder, part):
     runpy.run_path(f"{solo_clone.ROOT}/main_pretrain.py", run_name="__main__")
 
 
+def stable_run(name, logo, cures, folder, part):
+    """stable-pretraining's Manager with one of its forwards or method classes and the callbacks that belong to it."""
+    import lightning
+    import stable_hosts
+    import stable_pretraining as spt
+
+    optim = {"optimizer": {"type": "SGD", "lr": 0.06, "momentum": 0.9}, "scheduler": "ConstantLR"}
+    torch.manual_seed(0)
+    model = stable_hosts.host(name, optim=optim)
+    model = wrap(model, local_weight=0.1) if logo else model
+    record = Record(folder / part, KILLED if part == "killed" else None)
+    added = [record, spt.callbacks.TeacherStudentCallback(), *[SeedEachStep()] * ("steps" in cures)]
+    if name == "nnclr":
+        added.append(spt.callbacks.queue.OnlineQueue(key=stable_hosts.QUEUE, queue_length=32, dim=16))
+    spt.set(cache_dir=str(folder / part))  # the Manager makes a folder there for the run, checkpoints included
+    checkpoint = lightning.pytorch.callbacks.ModelCheckpoint(
+        filename="{step}", every_n_train_steps=SAVED, save_top_k=-1
+    )
+    trainer = lightning.Trainer(
+        max_steps=STEPS,
+        accelerator="cpu",
+        devices=1,
+        callbacks=[*added, checkpoint],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+    )
+    resumed = str(next((folder / "killed").rglob(f"step={SAVED}.ckpt"))) if part == "resumed" else None
+    data = spt.data.DataModule(train=loader("data" in cures, logo, named=True, num_workers=2))
+    spt.Manager(trainer=trainer, module=model, data=data, seed=0, ckpt_path=resumed)()
+    record.digest(model)
+
+
 def loop_run(make, logo, cures, folder, part):
     """The same in a loop of one's own, which saves what PyTorch's tutorial saves, or with `cures` all that there is."""
     torch.manual_seed(0)
@@ -257,11 +294,14 @@ def loop_run(make, logo, cures, folder, part):
     record.digest(model)
 
 
-def loader(resumable, logo, **options):
+def loader(resumable, logo, named=False, **options):
     options["collate_fn"] = MultiCropCollate.cifar10(local_crops=2 if logo else 0)
+    images = tiles(IMAGES)
+    if named:
+        images = [{"image": image, "label": label} for image, label in images]
     if resumable:
-        return ResumableLoader(tiles(IMAGES), BATCH, **options)
-    return DataLoader(tiles(IMAGES), BATCH, shuffle=True, drop_last=True, **options)
+        return ResumableLoader(images, BATCH, **options)
+    return DataLoader(images, BATCH, shuffle=True, drop_last=True, **options)
 
 
 def call(model, views):
@@ -294,6 +334,7 @@ LOOPS = {f"loop {m}": functools.partial(plain, m) for m in ("byol", "moco")} | {
     f"learner {m}": functools.partial(learner, m) for m in ("byol", "moco")
 }
 SOLO = {f"solo-learn {m}": m for m in ("byol", "simsiam", "mocov2plus", "nnclr")}
+STABLE = {f"stable-pretraining {m}": m for m in ("byol", "SimSiam", "MoCov2", "nnclr")}
 LEVELS = {"as is": (), "data": ("data",), "steps": ("data", "steps"), "state": ("data", "steps", "state")}
 
 
@@ -342,7 +383,9 @@ def main():
     if solo_clone.ROOT:
         solo_clone.import_solo()
         runs |= {name: solo_run for name in SOLO}
-    for name, make in (LIGHTNING | LOOPS | SOLO).items():
+    if importlib.util.find_spec("stable_pretraining"):
+        runs |= {name: stable_run for name in STABLE}
+    for name, make in (LIGHTNING | LOOPS | SOLO | STABLE).items():
         if name not in runs or arguments.only not in name:
             continue
         for logo in (False, True):
