@@ -136,6 +136,9 @@ def epochs_of(method, arm, epochs, crops):
     return round(epochs * cost(method, "multi-crop", crops) / cost(method, arm, crops))
 
 
+CHOOSING = (0, 1, 2)  # the seeds that choose the learning rates
+
+
 def best_rate(of_rates):
     """The learning rate of {rate: {seed: record}} that validates best, of those with the most seeds."""
     return max(of_rates, key=lambda lr: (len(of_rates[lr]), validation(of_rates[lr])))

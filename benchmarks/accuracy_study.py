@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import accuracy
-from accuracy_arms import best_rate, validation
+from accuracy_arms import CHOOSING, best_rate, validation
 
 RESULTS = Path(__file__).parent / "results"
 CHOOSERS = ["2 crops, equal compute", "multi-crop"]
@@ -39,20 +39,20 @@ ONE_FACTOR = [
     *(f"backbone layer norm, ratio {ratio}" for ratio in (0.005, 0.015, 0.05, 0.1, 0.3)),
 ]
 PREDICTORLESS = [arm for arm in ONE_FACTOR if "predictor" not in arm and arm != "MULAN"]
-CHOSEN, CHOOSING = 11, (0, 1, 2)  # the epochs and the seeds that choose the rates
+CHOSEN = 11  # the epochs that the rates are chosen by
 # (data set, method, arms, seeds, epochs), the most wanted first
 STAGES = [
     ("imagenette", "byol", MAIN[:3], [0, 1, 2, 3, 4], 11),
     ("imagenette", "moco-both", MAIN[:3], [0, 1, 2, 3, 4], 11),
     ("imagenette", "byol", MAIN[:3], [0, 1, 2], 60),
-    ("imagenette", "moco-both", MAIN[:3], [0], 60),
-    ("imagenette", "byol", MAIN[3:], [0, 1, 2, 3, 4], 11),
-    ("imagenette", "moco-both", MAIN[3:], [0, 1, 2, 3, 4], 11),
-    ("imagenette", "moco-both", MAIN[:3], [5, 6, 7], 11),
+    ("imagenette", "byol", MAIN[3:], [0, 1, 2], 11),
+    ("imagenette", "moco-both", MAIN[3:], [0, 1, 2], 11),
+    ("imagenette", "moco-both", MAIN[:2], [0], 60),
+    ("imagenette", "moco-both", MAIN[:3], [5, 6, 7, 8, 9], 11),
     ("imagenette", "byol", MAIN[:3], [5, 6, 7, 8, 9], 11),
-    ("imagenette", "moco-both", MAIN[3:], [5, 6, 7], 11),
-    ("imagenette", "byol", MAIN[3:], [5, 6, 7], 11),
-    ("imagenette", "moco-both", MAIN[:3], [1, 2], 60),
+    ("imagenette", "moco-both", MAIN[3:], [3, 4, 5, 6, 7], 11),
+    ("imagenette", "byol", MAIN[3:], [3, 4, 5, 6, 7], 11),
+    ("imagenette", "moco-both", MAIN[:3], [0, 1, 2], 60),
     ("imagenette", "byol", MAIN[3:], [0, 1, 2], 60),
     ("imagenette", "byol", ["2 crops, equal seconds"], [0, 1, 2], 11),
     ("imagenette", "simsiam", MAIN, [0, 1, 2], 11),
