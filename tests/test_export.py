@@ -214,6 +214,8 @@ def test_values_that_fit_in_a_network_that_computes_something_else():
         ("backbone.student", "backbone.teacher"),  # stable-pretraining's TeacherStudentWrapper
         ("student_backbone", "teacher_backbone"),
         ("module.backbone._orig_mod", "module.backbone_ema"),  # DDP around torch.compile
+        ("module.encoder_q", "module.encoder_k"),  # MoCo's own code
+        ("schema.monkey_backbone", "schema.momentum_backbone"),  # "ema" and "key" as parts of words
     ],
 )
 def test_the_online_network_is_taken(online, other):
@@ -231,7 +233,7 @@ def test_an_ordinary_stem_where_another_was_said():
 
 
 def two():
-    parts = nn.ModuleDict({"encoder_q": headless(), "encoder_k": headless()})
+    parts = nn.ModuleDict({"left": headless(), "right": headless()})
     return parts.state_dict()
 
 
@@ -245,7 +247,7 @@ def two():
         (lambda: Holder(headless()), {"backbone": "body"}, "no module 'body' in the source; it has backbone,"),
         (lambda: Holder(headless()), {"arch": "vit_tiny_patch16_224", "cifar_stem": 1}, "cifar_stem is for ResNets"),
         (lambda: Holder(headless()), {"colour": 3}, r"timm can't build resnet18, colour=3 \(.*colour"),
-        (two, {}, "several modules fit timm's resnet18: encoder_k, encoder_q. Say which with --backbone encoder_k"),
+        (two, {}, "several modules fit timm's resnet18: left, right. Say which with --backbone left"),
         (lambda: {"epoch": 3}, {}, "found no state dict, only epoch"),
         (lambda: [1], {}, "expected a module, a state dict or a checkpoint that holds one, got list"),
         (

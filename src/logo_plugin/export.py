@@ -1,5 +1,6 @@
 """The backbone of any run, under the names that timm or torchvision has for it."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,8 +12,8 @@ from logo_plugin.checkpoints import Source, state_dict_of
 from logo_plugin.matching import Match, matches, why_none
 from logo_plugin.modes import eval_mode
 
-# Parts of the names that hosts give to networks without gradient.
-_TARGETS = ("momentum", "target", "teacher", "ema", "key")
+# Words in the names that hosts give to networks without gradient; encoder_k is that of MoCo's own code.
+_TARGETS = {"momentum", "target", "teacher", "ema", "key", "k"}
 
 
 class ExportedBackbone(NamedTuple):
@@ -59,7 +60,7 @@ def export_backbone(
         to: "timm" or "torchvision".
         arch: The library's name of the network.
         backbone: Path of the backbone in the source, as "backbone_momentum". By default the only module that fits,
-            or the only one that fits and is not called a momentum, target, teacher, EMA or key network.
+            or the only one that fits and is not called a momentum, target, teacher, EMA or key network (encoder_k).
         cifar_stem: For a ResNet whose stem was replaced by a 3 x 3 convolution without pooling: its padding (1 in most
             code, 2 in solo-learn's).
         trust: Read a file that holds more than tensors and plain values, which may run code.
@@ -104,7 +105,7 @@ def _choose(
     found = matches(shapes, paths, architecture)
     if not found:
         raise ValueError(why_none(shapes, paths, architecture, wanted, library))
-    online = [path for path in found if not any(part in path.lower() for part in _TARGETS)]
+    online = [path for path in found if _TARGETS.isdisjoint(re.split(r"[._]", path.lower()))]
     candidates = online or list(found)
     if len(candidates) > 1:
         raise ValueError(
