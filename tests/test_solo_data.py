@@ -131,8 +131,12 @@ def test_h5_without_h5py(monkeypatch):
         compose("imagenet-100", "byol", *H5, "data.format=h5")
 
 
-def test_fast_crops_end_with_the_fit(folder):
-    """The next model on the same loader, solo-learn's own too, gets what its own options say."""
+@pytest.mark.parametrize("fails", [False, True])
+def test_fast_crops_end_with_the_fit(fails, folder, monkeypatch):
+    """The next model on the same loader, solo-learn's own too, gets what its own options say.
+
+    After an error, when Lightning tears nothing down, the next of LoGo's does.
+    """
     methods, _ = import_solo()
     from lightning.pytorch import Trainer
     from solo.data import pretrain_dataloader as data
@@ -149,7 +153,15 @@ def test_fast_crops_end_with_the_fit(folder):
     quiet = {name: False for name in ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        Trainer(max_steps=1, accelerator="cpu", **quiet).fit(methods.METHODS[cfg.method](cfg), loader)
+        model = methods.METHODS[cfg.method](cfg)
+        if fails:
+            monkeypatch.setattr(model, "training_step", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                Trainer(max_steps=1, accelerator="cpu", **quiet).fit(model, loader)
+            assert loader.collate_fn != before[0]
+            cfg.method_kwargs.logo.fast_crops = False
+            model = methods.METHODS[cfg.method](cfg)
+        Trainer(max_steps=1, accelerator="cpu", **quiet).fit(model, loader)
     assert (loader.collate_fn, dataset.transform, dataset.loader) == before
     assert [view.shape[2] for view in next(iter(loader))[1]] == [64, 64, 32, 32]
 

@@ -100,9 +100,13 @@ class LoGo(BaseMethod):
     def setup(self, stage: str) -> None:
         """With `fast_crops`, gives the training data logo_plugin's crops in place of solo-learn's."""
         super().setup(stage)
-        if stage == "fit" and self.fast_crops:
+        if stage != "fit":
+            return
+        loader = self.trainer.fit_loop._data_source.instance
+        fast_crops.remove(loader)  # another model's, of a fit that ended in an error
+        if self.fast_crops:
             fast_crops.install(
-                self.trainer.fit_loop._data_source.instance,
+                loader,
                 self.cfg.augmentations,
                 defer="augment" if self.fast_crops == "augment" else "normalize",
                 return_boxes=self.weigh_overlap,
