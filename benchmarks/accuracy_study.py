@@ -52,7 +52,7 @@ STAGES = [
     ("imagenette", "byol", MAIN[:3], [5, 6, 7, 8, 9], 11),
     ("imagenette", "moco-both", MAIN[3:], [3, 4, 5, 6, 7], 11),
     ("imagenette", "byol", MAIN[3:], [3, 4, 5, 6, 7], 11),
-    ("imagenette", "moco-both", MAIN[:3], [0, 1, 2], 60),
+    ("imagenette", "moco-both", MAIN[:3], [0, 3, 4], 60),
     ("imagenette", "byol", MAIN[3:], [0, 1, 2], 60),
     ("imagenette", "byol", ["2 crops, equal seconds"], [0, 1, 2], 11),
     ("imagenette", "simsiam", MAIN, [0, 1, 2], 11),
