@@ -6,9 +6,9 @@
 
 Takes folders of runs and JSON files made of them; a later one replaces equal runs. Of several learning rates an arm has
 the one with the best k-NN on the images that --validate kept, by the mean over the seeds; the others are in a table of
-their own. Values are means over seeds; the plus-minus is the half width of the 95 % confidence interval (Student's t),
-from 3 seeds on. Differences are paired by seed. Seconds per step are the fastest seed's: the others shared their
-machine.
+their own, which alone has the seeds that chose. Values are means over seeds; the plus-minus is the half width of the
+95 % confidence interval (Student's t), from 3 seeds on. Differences are paired by seed. Seconds per step are the
+fastest seed's: the others shared their machine.
 """
 
 import argparse
@@ -98,14 +98,20 @@ def read(paths):
     return {name: dict(runs) for name, runs in found.items()}
 
 
-def chosen(runs):
-    """{(method, arm): {seed: record}} at the learning rate chosen for each."""
-    return {key: of_rates[best_rate(of_rates)] for key, of_rates in runs.items()}
+def reported(runs):
+    """{(method, arm): {seed: record}} at the learning rate chosen for each.
 
-
-def fresh(runs):
-    """Without the seeds that chose the learning rates: of those an arm that chose has the luckier ones."""
-    return {key: {s: r for s, r in of.items() if s not in CHOOSING} for key, of in runs.items()}
+    Without the seeds by which a method's rates were chosen, if they were: there an arm that chose has the luckier runs.
+    """
+    choosing = {method for (method, _), of_rates in runs.items() if len(of_rates) > 1}
+    return {
+        (method, arm): {
+            seed: record
+            for seed, record in of_rates[best_rate(of_rates)].items()
+            if method not in choosing or seed not in CHOOSING
+        }
+        for (method, arm), of_rates in runs.items()
+    }
 
 
 def rates(runs):
@@ -306,7 +312,7 @@ def main():
     parser.add_argument("--into", type=Path, help="document with marks such as <!-- imagenette main -->, to fill")
     options = parser.parse_args()
     swept = read(options.runs)
-    everything = {name: chosen(runs) for name, runs in swept.items()}
+    everything = {name: reported(runs) for name, runs in swept.items()}
     sweeps = [of_rates for runs in swept.values() for of_rates in runs.values()]
     records = [r for of_rates in sweeps for of_seeds in of_rates.values() for r in of_seeds.values()]
     if options.json:
@@ -325,7 +331,6 @@ def main():
             f"{dataset} main": table(runs, ("lr", *QUALITY, "s per step", "cpu_seconds")),
             f"{dataset} mechanism": table(runs, MECHANISM),
             f"{dataset} differences": comparisons(runs, QUALITY[:6]),
-            f"{dataset} fresh differences": comparisons(fresh(runs), QUALITY[:6]),
             f"{dataset} rates": rates(swept[dataset]),
         }
         text |= {f"{dataset} {method} factors": factors(runs, method, "multi-crop") for method in methods}
