@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from lightly.loss import DINOLoss, MMCRLoss, NegativeCosineSimilarity, NTXentLoss, SwaVLoss, TiCoLoss, VICRegLoss
+from lightning_fabric import Fabric
 from photos import tiles
 from torch import nn
 from torch.nn.parallel import DataParallel
@@ -319,7 +320,11 @@ class TestRefusals:
 
     def test_the_wrong_order(self):
         model = hosts.PlainSimCLR()
-        for made, name in ((torch.compile(model), "torch.compile"), (DataParallel(model), "DataParallel")):
+        for made, name in (
+            (torch.compile(model), "torch.compile"),
+            (DataParallel(model), "DataParallel"),
+            (Fabric(accelerator="cpu", devices=1).setup(model), "fabric.setup"),
+        ):
             with pytest.raises(TypeError, match=rf"wrap the model first.*{name}\(wrap\(model\)\)"):
                 wrap(made, criterion=NTXentLoss())
 
@@ -354,6 +359,26 @@ class TestRefusals:
         message = rf"{option}='{name}' failed on crops .*Error: .*\. Name a method from images to {wanted}\."
         with pytest.raises(RuntimeError, match=message):
             wrap(hosts.BYOL(), **{option: name}).training_step(batch(), 0)
+
+
+def test_fabric():
+    """`fabric.setup(wrap(model), optimizer)` trains as the plain loop does; `fabric.backward` is `loss.backward`."""
+    losses = []
+    for fabric in (None, Fabric(accelerator="cpu", devices=1)):
+        torch.manual_seed(0)
+        criterion = NegativeCosineSimilarity()
+        model = wrap(hosts.PlainBYOL(), criterion=criterion, gradient_ratio=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        run, optimizer = fabric.setup(model, optimizer) if fabric else (model, optimizer)
+        for i in range(3):
+            torch.manual_seed(i)
+            loss = run(batch(seed=i)[0])
+            fabric.backward(loss) if fabric else loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[:3] == losses[3:]
+    assert len(set(losses)) == 3
 
 
 class TestCompile:

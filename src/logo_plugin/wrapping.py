@@ -13,6 +13,8 @@ from logo_plugin.checks import unknown_option
 from logo_plugin.wrapped import LoGoModel, Settings, attach
 
 T = TypeVar("T")
+# What marks a module that somebody else put around the model, and the call that did.
+_CALLS = {"_orig_mod": "torch.compile", "_forward_module": "fabric.setup"}
 
 
 def wrap(
@@ -104,8 +106,9 @@ def wrap(
             f"wrap() expects a torch.nn.Module (or LightningModule), or such a class, got {x!r}. "
             "For your own training loop use LoGoLoss directly."
         )
-    if hasattr(x, "_orig_mod") or issubclass(cls, (DataParallel, DistributedDataParallel)):
-        made = "torch.compile" if hasattr(x, "_orig_mod") else cls.__name__
+    made = next((call for mark, call in _CALLS.items() if hasattr(x, mark)), None)
+    if made or issubclass(cls, (DataParallel, DistributedDataParallel)):
+        made = made or cls.__name__
         raise TypeError(f"wrap the model first, then the rest: {made}(wrap(model)), not wrap({made}(model)).")
     solo_base = getattr(sys.modules.get("solo.methods.base"), "BaseMethod", None)
     if solo_base is not None and issubclass(cls, solo_base):
