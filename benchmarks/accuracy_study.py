@@ -48,7 +48,7 @@ STAGES = [
     ("imagenette", "byol", MAIN[:3], [0, 1, 2], 60),
     ("imagenette", "byol", MAIN[3:], [0, 1, 2], 11),
     ("imagenette", "moco-both", MAIN[3:], [0, 1, 2], 11),
-    ("imagenette", "moco-both", MAIN[:2], [0], 60),
+    ("imagenette", "moco-both", CHOOSERS, [0, 3, 4], 60),
     ("imagenette", "moco-both", MAIN[:3], [5, 6, 7, 8, 9], 11),
     ("imagenette", "byol", MAIN[:3], [5, 6, 7, 8, 9], 11),
     ("imagenette", "moco-both", MAIN[3:], [3, 4, 5, 6, 7], 11),
