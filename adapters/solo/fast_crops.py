@@ -128,6 +128,7 @@ def install(loader: Any, augmentations: ListConfig, **options: Any) -> None:
     Raises:
         ValueError: If the data are not loaded by solo-learn's own image loading.
     """
+    remove(loader)  # a fit that ended in an error has not
     dataset: Any = getattr(loader, "dataset", None)
     stock = getattr(dataset, "transform", None)
     if not isinstance(stock, FullTransformPipeline):

@@ -103,8 +103,9 @@ class LoGo(BaseMethod):
         if stage != "fit":
             return
         loader = self.trainer.fit_loop._data_source.instance
-        fast_crops.remove(loader)  # another model's, of a fit that ended in an error
-        if self.fast_crops:
+        if not self.fast_crops:
+            fast_crops.remove(loader)  # another model's, of a fit that ended in an error
+        else:
             fast_crops.install(
                 loader,
                 self.cfg.augmentations,
