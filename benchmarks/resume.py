@@ -30,7 +30,6 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from lightly.loss import NegativeCosineSimilarity, NTXentLoss
-from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset
 
 from logo_plugin import LoGoLearner, MultiCropCollate, wrap
@@ -145,20 +144,27 @@ def lightning_run(make, logo, cures, folder, part):
         keep_covariance(model.criterion, 16)
     model = wrap(model, local_weight=0.1) if logo else model
     record = Record(folder / part, KILLED if part == "killed" else None)
-    checkpoint = ModelCheckpoint(folder / part, filename="{step}", every_n_train_steps=SAVED, save_top_k=-1)
-    trainer = pl.Trainer(
+    trainer = saving_trainer(pl, folder, [record, *[SeedEachStep()] * ("steps" in cures)], checkpoints=folder / part)
+    resumed = folder / "killed" / f"step={SAVED}.ckpt" if part == "resumed" else None
+    trainer.fit(model, loader("data" in cures, logo, num_workers=2), ckpt_path=resumed)
+    record.digest(model)
+
+
+def saving_trainer(lightning, folder, callbacks, checkpoints=None):
+    """A quiet Trainer with a checkpoint every few steps; `lightning` is pytorch_lightning or lightning.pytorch."""
+    checkpoint = lightning.callbacks.ModelCheckpoint(
+        checkpoints, filename="{step}", every_n_train_steps=SAVED, save_top_k=-1
+    )
+    return lightning.Trainer(
         max_steps=STEPS,
         accelerator="cpu",
         devices=1,
-        callbacks=[record, checkpoint, *[SeedEachStep()] * ("steps" in cures)],
+        callbacks=[*callbacks, checkpoint],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    resumed = folder / "killed" / f"step={SAVED}.ckpt" if part == "resumed" else None
-    trainer.fit(model, loader("data" in cures, logo, num_workers=2), ckpt_path=resumed)
-    record.digest(model)
 
 
 class Record(pl.Callback):
@@ -214,7 +220,7 @@ def solo_run(method, logo, cures, folder, part):
 
 def stable_run(name, logo, cures, folder, part):
     """stable-pretraining's Manager with one of its forwards or method classes and the callbacks that belong to it."""
-    import lightning
+    import lightning.pytorch
     import stable_hosts
     import stable_pretraining as spt
 
@@ -227,20 +233,7 @@ def stable_run(name, logo, cures, folder, part):
     if name == "nnclr":
         added.append(spt.callbacks.queue.OnlineQueue(key=stable_hosts.QUEUE, queue_length=32, dim=16))
     spt.set(cache_dir=str(folder / part))  # the Manager makes a folder there for the run, checkpoints included
-    checkpoint = lightning.pytorch.callbacks.ModelCheckpoint(
-        filename="{step}", every_n_train_steps=SAVED, save_top_k=-1
-    )
-    trainer = lightning.Trainer(
-        max_steps=STEPS,
-        accelerator="cpu",
-        devices=1,
-        callbacks=[*added, checkpoint],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=folder,
-    )
+    trainer = saving_trainer(lightning.pytorch, folder, added)
     resumed = str(next((folder / "killed").rglob(f"step={SAVED}.ckpt"))) if part == "resumed" else None
     data = spt.data.DataModule(train=loader("data" in cures, logo, named=True, num_workers=2))
     spt.Manager(trainer=trainer, module=model, data=data, seed=0, ckpt_path=resumed)()

@@ -50,7 +50,7 @@ def patched(module):
 def watch(name, module, step, steps):
     """Runs a part; gives whether it held."""
     before = hooks(module), patched(module)
-    marks, tensors, variables, failures = [], [], [], 0
+    marks, failures = [], 0
     start = time.process_time()
     for i in range(steps):
         try:
@@ -59,10 +59,10 @@ def watch(name, module, step, steps):
             failures += 1
         if i in (steps // 2, steps - 1):
             gc.collect()
-            tensors.append(sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
-            variables.append(len(contextvars.copy_context()))
-            marks.append(resident())  # now: the list of all objects was memory too
-    grown, more, set_more = (b - a for a, b in (marks, tensors, variables))
+            tensors = sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+            # Memory last: the list of all objects is memory, too.
+            marks.append((tensors, len(contextvars.copy_context()), resident()))
+    more, set_more, grown = (last - middle for middle, last in zip(*marks, strict=True))
     left = hooks(module) - before[0] + patched(module) - before[1]
     good = grown < ALLOWED and more <= 0 and set_more <= 0 and not left and failures == steps // 10
     cost = (time.process_time() - start) / steps * 1e3

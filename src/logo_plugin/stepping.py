@@ -185,16 +185,11 @@ def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads) ->
 
 
 def _host_step(model: LoGoModel, step: Callable[[list[Tensor]], Any], views: list[Tensor]) -> Any:
-    if len(views[0]) == 1:
-        cure = "The batch has one image, and BatchNorm needs two: give the data loader drop_last=True."
-    else:
-        cure = (
-            "If it needs other inputs (masks, lists of views, own local crops), LoGo cannot extend it: use LoGoLoss "
-            "directly. If it needs more global crops, give global_crops=."
-        )
-    name = type(model).__name__
+    alone = "If BatchNorm needs more than the batch's one image, give drop_last=True. " if len(views[0]) == 1 else ""
     with _explained(
-        f"{name}'s own step failed on its {len(views)} global crops, which are all that LoGo gives it ({{}}). {cure}"
+        f"{type(model).__name__}'s own step failed on its {len(views)} global crops, which are all that LoGo gives it "
+        f"({{}}). {alone}If it needs other inputs (masks, lists of views, own local crops), LoGo cannot extend it: use "
+        "LoGoLoss directly. If it needs more global crops, give global_crops=."
     ):
         return step(views)
 
