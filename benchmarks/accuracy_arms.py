@@ -78,6 +78,7 @@ ARMS |= {
     "release": ({"preset": "release"}, {}),
     "sum": ({"affinity": None, "reduction": "sum"}, {}),
     "lr x 5": ({"affinity": None}, {"lr": 5.0}),  # "sum" makes the loss 5 times as large
+    "2 crops, equal compute, lr x 2": (None, {"crops": TWO_CROPS, "compute": True, "lr": 2.0}),
     "2 crops, equal compute, lr x 5": (None, {"crops": TWO_CROPS, "compute": True, "lr": 5.0}),
     "global scale 0.2-1": ({"affinity": None}, {"crops": {"global_scale": (0.2, 1.0)}}),
     "local predictor": ({"affinity": None, "local_predictor": True}, {}),
