@@ -39,6 +39,12 @@ ONE_FACTOR = [
     *(f"backbone cosine, ratio {ratio}" for ratio in (0.005, 0.015, 0.05, 0.3)),
     *(f"backbone layer norm, ratio {ratio}" for ratio in (0.005, 0.015, 0.05, 0.1, 0.3)),
 ]
+# What the others refine: of MoCo first, whose seeds differ least.
+KEY = [
+    *("LoGo, ratio 0.1", "ratio 0.3", "cosine, ratio 0.015", "cosine", "cosine, ratio 0.3", "layer norm", "attraction"),
+    *("local inside global", "local apart", "cosine, local apart", "averaged targets"),
+    *("4 local crops, equal compute", "6 local crops, equal compute", "local scale 0.08-0.25", "local scale 0.05-0.4"),
+]
 PREDICTORLESS = [arm for arm in ONE_FACTOR if "predictor" not in arm and arm != "MULAN"]
 CHOSEN = 11  # the epochs that the rates are chosen by
 # (data set, method, arms, seeds, epochs), the most wanted first
@@ -51,10 +57,10 @@ STAGES = [
     ("imagenette", "moco-both", MAIN[:3], [0, 3, 4], 60),
     # Its rate was the lowest tried, half of multi-crop's: does multi-crop lead by that alone?
     ("imagenette", "moco-both", ["2 crops, equal compute, lr x 2"], [0], 60),
+    ("imagenette", "moco-both", [*MAIN[3:], *KEY], [3, 4, 5], 11),
+    ("imagenette", "byol", MAIN[3:], [3, 4, 5], 11),
     ("imagenette", "simsiam", CHOOSERS, [0, 1, 2], 11),
     ("imagenette", "simsiam", MAIN, [3, 4, 5], 11),
-    ("imagenette", "moco-both", MAIN[3:], [3, 4, 5], 11),
-    ("imagenette", "byol", MAIN[3:], [3, 4, 5], 11),
     ("collages", "moco-both", CHOOSERS, [0, 1, 2], 11),
     ("collages", "moco-both", [*MAIN, "cosine"], [3, 4, 5], 11),
     ("imagenette", "byol", ONE_FACTOR, [3], 11),
