@@ -1,7 +1,7 @@
 """What a long run must not do: grow, leave hooks behind, or stop at one bad file.
 
     python benchmarks/soak.py                # 2,000 steps each, 10,000 images
-    python benchmarks/soak.py --steps 200000
+    python benchmarks/soak.py --steps 200000 --only wrapped
 
 Each part trains for `--steps` steps, every tenth of which fails half-way, as a run does that goes on after an error.
 A part fails when memory or the number of live tensors or context variables still grows in the second half, or hooks
@@ -185,6 +185,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--images", type=int, default=10000)
+    parser.add_argument("--only", default="", help="parts whose name has this in it: loss, learner, wrapped, bad file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -197,13 +198,16 @@ def main():
         "learner moco": lambda: learner_part("moco", queue_size=64),
         "wrapped BYOL of lightly": wrapped_part,
     }
-    good = [watch(name, *make(), arguments.steps) for name, make in parts.items()]
+    good = [watch(name, *make(), arguments.steps) for name, make in parts.items() if arguments.only in name]
     for options in (
         {"num_workers": 0},
         {"num_workers": 2, "persistent_workers": True},
         {"num_workers": 2, "persistent_workers": True, "multiprocessing_context": "spawn"},
     ):
-        good.append(loader_part(arguments.images, **options))
+        if arguments.only in "one bad file":
+            good.append(loader_part(arguments.images, **options))
+    if not good:
+        parser.error(f"no part's name has {arguments.only!r} in it; there are {', '.join(parts)}, one bad file")
     return int(not all(good))
 
 
