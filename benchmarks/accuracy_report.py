@@ -29,6 +29,7 @@ COLOURS = {
     "2 crops": "#b0b0b0",
     "2 crops, equal compute": "#000000",
     "2 crops, equal seconds": "#707070",
+    "2 crops, equal compute, lr x 2": "#8c564b",
     "multi-crop": "#1f77b4",
     "LoGo": "#d62728",
     "release": "#ff7f0e",
@@ -37,6 +38,7 @@ MAIN = tuple(COLOURS)
 PAIRS = (
     ("multi-crop", "2 crops, equal compute"),
     ("multi-crop", "2 crops, equal seconds"),
+    ("multi-crop", "2 crops, equal compute, lr x 2"),
     ("LoGo", "2 crops, equal compute"),
     ("LoGo", "multi-crop"),
     ("release", "2 crops, equal compute"),
