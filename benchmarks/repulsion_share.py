@@ -1,48 +1,83 @@
 """How strong the repulsion of a fixed lambda is, as the affinity learns: its share of the gradient, step by step.
 
     python benchmarks/repulsion_share.py --data data    # Imagenette, BYOL, LoGo's defaults, 11 epochs
+    python benchmarks/repulsion_share.py --data data --runs accuracy_runs/imagenette/60/*-LoGo-*/  # at their end
 
 Every 25 steps: the norm of `local_weight` times local_local's gradient at the local crops' projections, in percent of
-the norm of local_global's with its weight in the loss. That is what `gradient_ratio` caps. Needs pip install
-'.[benchmarks]'.
+the norm of local_global's with its weight in the loss. That is what `gradient_ratio` caps. Of finished runs of
+accuracy_study.py the mean over 25 batches. Needs pip install '.[benchmarks]'.
 """
 
 import argparse
+import json
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import accuracy
 import torch
+from accuracy_data import DATASETS
+from accuracy_training import build
+from torch.utils.data import DataLoader, TensorDataset
 
-from logo_plugin import LoGoLoss
+from logo_plugin import LoGoLoss, MultiCropCollate
 
 EVERY, PLAIN = 25, LoGoLoss.extend
 
 
 def extend(loss, host_loss, **given):
-    """As `LoGoLoss.extend`, and prints every 25th call's share."""
+    """As `LoGoLoss.extend`, and keeps every call's share in `loss.shares`."""
     terms = PLAIN(loss, host_loss, **given)
-    loss.calls = getattr(loss, "calls", 0) + 1
-    if loss.calls % EVERY == 0:
-        pull, push = (
-            torch.cat(torch.autograd.grad(term, given["local_proj"], retain_graph=True)).float().norm()
-            for term in (terms.local_global, terms.local_local)
-        )
-        pairs = len(given["local_pred"]) * len(given["global_target"])
-        weight = given["scale"] * pairs / (given["global_pairs"] + pairs)
-        share = 100 * float(loss.local_weight * push / (weight * pull))
-        print(f"step {loss.calls}: {share:.2f} %, affinity's loss {float(terms.affinity):.3f}", flush=True)
+    pull, push = (
+        torch.cat(torch.autograd.grad(term, given["local_proj"], retain_graph=True)).float().norm()
+        for term in (terms.local_global, terms.local_local)
+    )
+    pairs = len(given["local_pred"]) * len(given["global_target"])
+    weight = given["scale"] * pairs / (given["global_pairs"] + pairs)
+    loss.shares = [*getattr(loss, "shares", []), 100 * float(loss.local_weight * push / (weight.detach() * pull))]
     return terms
+
+
+def extend_and_tell(loss, host_loss, **given):
+    terms = extend(loss, host_loss, **given)
+    if len(loss.shares) % EVERY == 0:
+        print(f"step {len(loss.shares)}: {loss.shares[-1]:.2f} %, affinity's loss {terms.affinity:.3f}", flush=True)
+    return terms
+
+
+def of_run(folder, data):
+    """The share in the first batches of an epoch, with the weights that a run ended with."""
+    record, state = json.loads(Path(f"{folder}.json").read_text()), torch.load(folder / "weights.pt")
+    options = argparse.Namespace(lr=record["lr"], **record["setting"])
+    model = build(record["method"], record["arm"], options, 1, 1).to(memory_format=torch.channels_last)
+    if "criterion.keys" in state:
+        model.criterion.keys = state["criterion.keys"]  # as long as it was
+    model.load_state_dict(state)
+    (images, labels), *_ = accuracy.load("imagenette", data, None, True)
+    collate = MultiCropCollate(**DATASETS["imagenette"].crops)
+    torch.manual_seed(0)
+    loader = DataLoader(TensorDataset(images, labels), options.batch_size, shuffle=True, collate_fn=collate)
+    for i, batch in zip(range(EVERY), loader, strict=False):
+        with torch.autocast("cpu", torch.bfloat16):
+            model.training_step(batch, i)
+    shares = model.logo.shares
+    print(f"{folder.name}: {sum(shares) / len(shares):.2f} % ({min(shares):.2f} to {max(shares):.2f})", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="the data sets' folder, as for accuracy.py")
-    data = parser.parse_args().data
+    parser.add_argument("--data", type=Path, required=True, help="the data sets' folder, as for accuracy.py")
+    parser.add_argument("--runs", type=Path, nargs="+", help="folders of finished runs")
+    options = parser.parse_args()
     accuracy.prepare()
-    with TemporaryDirectory() as folder, patch.object(LoGoLoss, "extend", extend):
-        job = ["--data", data, "--dataset", "imagenette", "--methods", "byol", "--arms", "LoGo", "--seeds", "0"]
-        job += ["--backbone", "tiny", "--batch-size", "64", "--precision", "bf16-mixed", "--validate"]
+    if options.runs:
+        with patch.object(LoGoLoss, "extend", extend):
+            for folder in options.runs:
+                of_run(folder, options.data)
+        return
+    with TemporaryDirectory() as folder, patch.object(LoGoLoss, "extend", extend_and_tell):
+        job = ["--data", str(options.data), "--dataset", "imagenette", "--methods", "byol", "--arms", "LoGo"]
+        job += ["--seeds", "0", "--backbone", "tiny", "--batch-size", "64", "--precision", "bf16-mixed", "--validate"]
         job += ["--epochs", "11", "--lr", "0.4", "--output", folder]
         for run in accuracy.runs(accuracy.parse(job)):
             accuracy.train_run(*run)
