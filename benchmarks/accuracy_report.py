@@ -19,7 +19,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import matplotlib as mpl
-from accuracy_arms import CHOOSING, best_rate, cost, validation
+from accuracy_arms import ARMS, CHOOSING, best_rate, cost, validation
 from scipy.stats import t as student
 
 mpl.use("Agg")
@@ -158,6 +158,8 @@ def markdown(columns, rows):
 def value(record, column):
     if column == "s per step":
         return record["seconds_per_step"]
+    if column == "lr" and record.get("lr"):
+        return record["lr"] * ARMS[record["arm"]][1].get("lr", 1.0)
     return record["final"].get(column, record.get(column))
 
 
@@ -191,11 +193,18 @@ def paired(runs, method, arm, base, what="knn"):
 
 
 def comparisons(runs, columns):
-    """What the main arms differ by, method by method."""
+    """What the main arms differ by, method by method, and over the pairs of all methods that have them."""
     columns, rows = present(runs, columns), []
-    for method in dict.fromkeys(method for method, _ in runs):
+    methods = list(dict.fromkeys(method for method, _ in runs))
+    of = {column: {pair: [paired(runs, m, *pair, column) for m in methods] for pair in PAIRS} for column in columns}
+    for i, method in enumerate([*methods, "all"]):
         for arm, base in PAIRS:
-            cells = [paired(runs, method, arm, base, column) for column in columns]
+            each = [of[column][arm, base] for column in columns]
+            if method == "all":
+                several = sum(map(bool, each[0])) > 1
+                cells = [[v for values in found for v in values] for found in each] if several else []
+            else:
+                cells = [found[i] for found in each]
             if any(cells):
                 rows.append([method, f"{arm} minus {base}", str(len(cells[0])), *map(cell, cells)])
     return markdown(["method", "difference", "seeds", *columns], rows)
