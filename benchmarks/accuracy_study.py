@@ -57,8 +57,11 @@ STAGES = [
     ("imagenette", "moco-both", MAIN[:3], [0, 3, 4], 60),
     # Its rate was the lowest tried, half of multi-crop's: does multi-crop lead by that alone?
     ("imagenette", "moco-both", ["2 crops, equal compute, lr x 2"], [0], 60),
-    # LoGo's defaults are lower after 60 epochs, with a share of the gradient below 1 %: is it the repulsion?
-    ("imagenette", "moco-both", ["lambda 1e-05", "cosine"], [0, 3, 4], 60),
+    # LoGo's defaults are lower after 60 epochs, with a share of the gradient below 1 %: is it the repulsion? And the
+    # cosine, repelled ten times as strongly and more, was no lower.
+    ("imagenette", "moco-both", ["cosine"], [0, 3, 4], 60),
+    ("imagenette", "byol", ["cosine"], [0, 1, 2], 60),
+    ("imagenette", "moco-both", ["lambda 1e-05"], [0, 3, 4], 60),
     ("imagenette", "moco-both", [*MAIN[3:], *KEY], [3, 4, 5], 11),
     ("imagenette", "byol", MAIN[3:], [3, 4, 5], 11),
     ("imagenette", "simsiam", CHOOSERS, [0, 1, 2], 11),
