@@ -42,7 +42,7 @@ class LoGoLearner(nn.Module):
         method: "byol", "simsiam" or "moco".
         image_size: Sides of the global and local crops, one of each forwarded here in eval mode to find F.
         global_crops: How many of the views are global; they come first.
-        affinity: "auto" builds `Affinity(output_dim)`; a module; or None for plain multi-crop.
+        affinity: "auto" builds `Affinity(output_dim)`; a module; "cosine" (`LoGoLoss`); or None for plain multi-crop.
         checkpoint_local_crops: Compute what the backbone keeps of local crops again in backward, instead of
             keeping it: memory of the global crops alone, time of one forward more per local crop.
         local_running_stats: Whether local crops move BatchNorm's running statistics, which evaluation reads.
@@ -73,8 +73,6 @@ class LoGoLearner(nn.Module):
         choice("method", method, tuple(_METHODS))
         _check_backbone(backbone)
         positive_integer("global_crops", global_crops, least=2)
-        if isinstance(affinity, str) and affinity != "auto":
-            raise ValueError(f'affinity must be "auto", a module such as Affinity(dim), or None, got {affinity!r}.')
         own = _METHODS[method]
         valid = own.keys() | inspect.signature(LoGoLoss).parameters.keys() - {"similarity"}
         for name in options.keys() - valid:

@@ -51,7 +51,7 @@ class PlainModel(LightlyModel):
         versions = [p._version for p in self.logo.affinity.parameters()]
         steps, first = self.__dict__.get("_logo_versions", (0, versions))
         self.__dict__["_logo_versions"] = (steps + 1, first)
-        if steps + 1 == _STEPS_BEFORE_WARNING and versions == first:
+        if versions and steps + 1 == _STEPS_BEFORE_WARNING and versions == first:
             warnings.warn(
                 f"the affinity's parameters have not changed in {_STEPS_BEFORE_WARNING} steps: build the optimizer "
                 "after wrap(model), so that model.parameters() includes them.",

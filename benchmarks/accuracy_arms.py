@@ -3,21 +3,14 @@
 from functools import partial
 
 import torch.nn.functional as F
-from torch import nn
 
 from logo_plugin import Affinity
+from logo_plugin.affinity import CosineAffinity
 
 # Passes of the network for an image: forward and backward of an online view costs 3, forward of a target view 1.
 # The first number is that of the two global crops; every local crop adds 3.
 GLOBAL_PASSES = {"simsiam": 6, "byol": 8, "moco": 4, "moco-both": 8}
 LOCAL_PASSES = 3
-
-
-class CosineAffinity(nn.Module):
-    """Nothing to learn: the cosine similarity itself is repelled."""
-
-    def forward(self, first, second):
-        return F.cosine_similarity(first, second, dim=-1)
 
 
 class Attraction(CosineAffinity):
@@ -55,7 +48,7 @@ for ratio in (0.005, 0.015, 0.05, 0.3):
 
 # One factor at a time, at a repulsion that is strong enough for the factor to show.
 STRONG = {"gradient_ratio": 0.1}
-COSINE = {"affinity": CosineAffinity, "repulsion": "logit"}
+COSINE = {"affinity": "cosine"}
 LAYER = {"affinity": partial(Affinity, 128, norm="layer")}
 # The tiny network's features are 128 wide, too. MoCo has no predictor, so with another module than its projection head
 # named as the projector LoGo must be told what makes its predictions; for BYOL, which has one, it changes nothing.
@@ -67,7 +60,7 @@ ARMS |= {
     "layer norm, unit z": ({**STRONG, "affinity": partial(UnitAffinity, 128, norm="layer")}, {}),
     "logit": ({**STRONG, "repulsion": "logit"}, {}),
     "cosine": ({**STRONG, **COSINE}, {}),
-    "attraction": ({**STRONG, "affinity": Attraction, "repulsion": "logit"}, {}),
+    "attraction": ({**STRONG, "affinity": Attraction}, {}),
     "no noise": ({**STRONG, "positive_noise": 0.0}, {}),
     "noise 1": ({**STRONG, "positive_noise": 1.0}, {}),
     "affinity lr x 0.1": (STRONG, {"affinity_lr": 0.1}),

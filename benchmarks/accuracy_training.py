@@ -95,7 +95,7 @@ def build(method, arm, options, batches, epochs):
         model.criterion = QueueInfoNCE(options.queue)
     if wrapping is None:
         return model
-    made = {"affinity": wrapping["affinity"]()} if wrapping.get("affinity") else {}
+    made = {"affinity": wrapping["affinity"]()} if callable(wrapping.get("affinity")) else {}
     model = wrap(model, **wrapping | made)
     if run.get("reinitialise"):
         for module in model.logo_local_predictor.modules():

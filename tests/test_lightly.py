@@ -549,8 +549,9 @@ class TestPlainModules:
         with pytest.warns(UserWarning, match=r"build the optimizer after wrap\(model\)"):
             model(views)
 
-    def test_is_quiet_when_it_learns(self):
-        model = wrap(hosts.PlainSimSiam(), criterion=NegativeCosineSimilarity())
+    @pytest.mark.parametrize("affinity", ["auto", "cosine"])
+    def test_is_quiet_when_it_learns_or_has_nothing_to_learn(self, affinity):
+        model = wrap(hosts.PlainSimSiam(), criterion=NegativeCosineSimilarity(), affinity=affinity)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         views = batch(n=2)[0]
         for _ in range(33):

@@ -312,6 +312,26 @@ class TestObjective:
             assert weight == 1.0 if ratio == 1e9 else weight < 1
             close(torch.cat(whole), torch.cat(pull) + weight * torch.cat(push))
 
+    @pytest.mark.parametrize("crops", [2, 3])
+    @pytest.mark.parametrize("weight", [{}, {"gradient_ratio": 0.3}, {"local_weight": 0.7}])
+    def test_the_cosine_is_repelled_as_it_is(self, weight, crops):
+        _, arguments = encoder_outputs(locals_=crops)
+        before = torch.get_rng_state()
+        criterion = LoGoLoss(affinity="cosine", **weight)
+        assert not [*criterion.parameters(), *criterion.buffers()]
+        terms, z = criterion(**arguments), arguments["local_proj"]
+        assert torch.equal(torch.get_rng_state(), before)  # nothing is drawn: nothing is trained
+        assert terms.affinity == 0
+        pairs = list(itertools.combinations(z, 2))
+        close(terms.local_local, sum(F.cosine_similarity(a, b).mean() for a, b in pairs) / len(pairs))
+        fraction = 2 * crops / (2 + 2 * crops)
+        pull, push, whole = (
+            torch.cat(torch.autograd.grad(term, z, retain_graph=True))
+            for term in (fraction * terms.local_global, terms.local_local, terms.total)
+        )
+        ratio = weight.get("gradient_ratio", 0.1)
+        close(whole, pull + weight.get("local_weight", min(1.0, float(ratio * pull.norm() / push.norm()))) * push)
+
     def test_gradient_ratio_takes_a_stacked_projection(self):
         generator = torch.Generator().manual_seed(0)
         z = torch.randn(2, 6, 8, generator=generator).requires_grad_()
@@ -582,7 +602,9 @@ def test_bad_input(changed, message):
         ({"similarity": "dot"}, r'similarity must be "cosine" or a callable'),
         ({"average_targets": 1}, r"average_targets must be True or False, got 1"),
         ({"affinity": nn.Linear(4, 1)}, r"affinity must be a module such as Affinity\(dim\).*got Linear.*two tensors"),
-        ({"affinity": 256}, r"affinity must be a module such as Affinity\(dim\), or None, got 256"),
+        ({"affinity": 256}, r'affinity must be a module like Affinity\(dim\), "cosine" or None; .* got 256'),
+        ({"affinity": "cosin"}, r'"cosine" or None; of wrap and LoGoLearner also "auto": got \'cosin\''),
+        ({"affinity": "cosine", "repulsion": "relu"}, r"repulsion must be one of"),
     ],
 )
 def test_bad_option(options, message):

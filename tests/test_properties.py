@@ -67,7 +67,7 @@ LOSS_OPTIONS = st.fixed_dictionaries(
         "reduction": st.sampled_from(["pairs", "sum", "mean"]),
         "average_targets": st.sampled_from([True, False, 1]),
         "similarity": st.sampled_from(["cosine", info_nce, "dot"]),
-        "affinity": st.sampled_from([None, 8, "affinity", nn.Linear(4, 1)]),
+        "affinity": st.sampled_from([None, 8, "affinity", "cosine", nn.Linear(4, 1)]),
     },
 )
 

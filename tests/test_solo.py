@@ -258,9 +258,18 @@ def test_monitor_option(monitor):
     assert not any(z.requires_grad for z in model.logo_local_proj)
 
 
-def test_affinity_group_is_absent_without_affinity():
-    names = [group["name"] for group in build("logo_byol", {"affinity": False}).learnable_params]
+@pytest.mark.parametrize("affinity", [False, "cosine"])
+def test_affinity_group_is_absent_without_affinity(affinity):
+    names = [group["name"] for group in build("logo_byol", {"affinity": affinity}).learnable_params]
     assert names == ["backbone", "classifier", "projector", "predictor"]
+
+
+def test_the_cosine_is_repelled():
+    model = build("logo_mocov2plus", {"affinity": "cosine"})
+    model.training_step(batch(), 0).backward()
+    torch.testing.assert_close(model.logo_terms.local_local, F.cosine_similarity(*model.logo_local_proj).mean())
+    assert (model.logo_terms.affinity, model.logo.gradient_ratio) == (0, 0.1)
+    assert model.state_dict().keys() == build("mocov2plus", None).state_dict().keys()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -28,8 +28,13 @@ pytestmark = MARKS
         ({"lambda": 0.1}, r"logo\.lambda; did you mean method_kwargs\.logo\.local_weight\?"),
         ({"lamda": 0.1}, r"logo\.lamda; did you mean method_kwargs\.logo\.local_weight\?"),
         ({"lr": 0.1}, r"unknown option method_kwargs\.logo\.lr; none is near\. There are affinity, "),
-        ({"affinity": "none"}, "true or false, got 'none'"),
-        ({"affinity": None}, "true or false, got None"),
+        ({"affinity": "none"}, "affinity must be true, false or cosine, got 'none'"),
+        ({"affinity": None}, "affinity must be true, false or cosine, got None"),
+        (
+            {"affinity": "cosine", "affinity_norm": "layer", "repulsion": "logit"},
+            r"affinity_norm=layer, method_kwargs\.logo\.repulsion=logit: without effect beside .*affinity=cosine",
+        ),
+        ({"affinity": "cosine", "local_global_weight": 0.0}, r"gradient_ratio=0\.1 .*local_global_weight=0 leaves"),
         ({"preset": "papre"}, r"method_kwargs\.logo: preset must be one of \('paper', 'release'\), got 'papre'"),
         ({"local_predictor": 1}, r"local_predictor must be true or false, got 1"),
         ({"fast_crops": "device"}, r'fast_crops must be true, false or "augment", got \'device\''),
@@ -61,7 +66,7 @@ def test_bad_options(logo, message):
         build("logo_byol", logo)
 
 
-@pytest.mark.parametrize("logo", [{"gradient_ratio": 0.1}, {"preset": "release"}])
+@pytest.mark.parametrize("logo", [{"gradient_ratio": 0.1}, {"preset": "release"}, {"affinity": "cosine"}])
 @pytest.mark.parametrize("method", HIDDEN_PROJECTION)
 def test_ratio_where_it_cannot_be_taken(method, logo):
     """The config check says so, before a model is built; the preset's own ratio is no better."""
@@ -75,7 +80,7 @@ def test_ratio_where_it_cannot_be_taken(method, logo):
             build(f"logo_{method}", logo | changed)
 
 
-WORDS = ["logistic", "difference", "softplus", "logit", "pairs", "sum", "batch", "layer", "paper", "release"]
+WORDS = ["logistic", "difference", "softplus", "logit", "pairs", "sum", "batch", "layer", "paper", "release", "cosine"]
 
 
 @examples(0.1)
@@ -139,6 +144,9 @@ def checked(cfg):
         ({"local_weight": 0.5, "repulsion": "logit"}, "run-logo-lambda0.5-logit"),
         ({"gradient_ratio": 0.015}, "run-logo-ratio0.015"),
         ({"affinity": False, "reduction": "sum"}, "run-logo-noaff-sum"),
+        ({"affinity": "cosine"}, "run-logo-affcosine-ratio0.1"),
+        ({"affinity": "cosine", "local_weight": 0.5}, "run-logo-lambda0.5-affcosine"),
+        ({"affinity": "cosine", "preset": "release"}, "run-logo-affcosine-release"),
         ({"affinity_hidden_dim": 64, "affinity_norm": "layer"}, "run-logo-lambda0.0001-hid64-layer"),
         ({"preset": "paper"}, "run-logo-lambda0.0001-paper"),
         ({"preset": "paper", "reduction": "pairs"}, "run-logo-lambda0.0001-paper-pairs"),

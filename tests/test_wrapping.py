@@ -449,6 +449,24 @@ class TestClasses:
             assert f"    {name}: " in inspect.getdoc(wrap), name
 
 
+class TestCosine:
+    """affinity="cosine": nothing is added to the model that a checkpoint or an optimizer could hold."""
+
+    def test_repels_and_adds_nothing(self):
+        host = hosts.BYOL()
+        plain, cosine = trained(host, batch(), affinity=None)[0], trained(host, batch(), affinity="cosine")[0]
+        assert cosine.state_dict().keys() == host.state_dict().keys()
+        cosine.load_state_dict(host.state_dict())
+        ours, hosts_own = ([len(g["params"]) for g in m.configure_optimizers().param_groups] for m in (cosine, host))
+        assert ours == hosts_own
+        assert cosine.logo_terms.local_global == plain.logo_terms.local_global
+        assert cosine.logo_terms.affinity == 0
+        z = cosine.logo_local_proj
+        torch.testing.assert_close(cosine.logo_terms.local_local, F.cosine_similarity(*z, dim=1).mean())
+        grads = [model.backbone[0].weight.grad for model in (plain, cosine)]
+        assert not torch.allclose(*grads, rtol=1e-3)
+
+
 class TestCheckpoints:
     def test_says_that_logo_was_added_removed_or_set_otherwise(self):
         states = {

@@ -34,6 +34,11 @@ PREFIX = "method_kwargs.logo."
 _Setting = Callable[[Mapping[str, Any]], bool]
 _IDLE: list[tuple[str, _Setting, tuple[str, ...]]] = [
     (
+        "affinity=cosine",
+        lambda options: options["affinity"] == "cosine",
+        ("affinity_hidden_dim", "affinity_norm", "affinity_loss", "positive_noise", "repulsion"),
+    ),
+    (
         "affinity=false",
         lambda options: not options["affinity"],
         (
@@ -64,13 +69,19 @@ def checked(given: Any) -> dict[str, Any]:
     fast = given.get("fast_crops", False)
     if not isinstance(fast, bool) and fast != "augment":
         raise ValueError(f'{PREFIX}fast_crops must be true, false or "augment", got {fast!r}.')
+    if not isinstance(given.get("affinity", True), bool) and given["affinity"] != "cosine":
+        raise ValueError(f"{PREFIX}affinity must be true, false or cosine, got {given['affinity']!r}.")
+    several = ("fast_crops", "affinity")
     for name, default in OWN.items():
-        if name != "fast_crops" and isinstance(default, bool) and not isinstance(given.get(name, False), bool):
+        if name not in several and isinstance(default, bool) and not isinstance(given.get(name, False), bool):
             raise ValueError(f"{PREFIX}{name} must be true or false, got {given[name]!r}.")
     try:
         options = OPTIONS | with_preset(given.get("preset"), given)
-        affinity = nn.CosineSimilarity() if options["affinity"] else None  # stands in for what is built later
-        LoGoLoss(affinity=affinity, **{name: options[name] for name in options if name not in OWN})
+        # True: the cosine stands in for what is built later.
+        affinity = nn.CosineSimilarity() if options["affinity"] is True else options["affinity"] or None
+        made = LoGoLoss(affinity=affinity, **{name: options[name] for name in options if name not in OWN})
+        if options["affinity"] == "cosine":
+            options["gradient_ratio"] = made.gradient_ratio
     except ValueError as error:
         raise ValueError(f"method_kwargs.logo: {error}") from error
     positive_integer(f"{PREFIX}affinity_hidden_dim", options["affinity_hidden_dim"])

@@ -52,7 +52,9 @@ class LoGo(BaseMethod):
         self.local_placement = own["local_placement"]
         self.local_forwards = {"checkpoint": own["checkpoint_local_crops"], "running_stats": own["local_running_stats"]}
         dim = dry_run(self, cfg)
-        affinity = Affinity(dim, own["affinity_hidden_dim"], own["affinity_norm"]) if own["affinity"] else None
+        affinity = own["affinity"] or None
+        if affinity is True:
+            affinity = Affinity(dim, own["affinity_hidden_dim"], own["affinity_norm"])
         self.logo = LoGoLoss(affinity=affinity, **options)
         predictor = getattr(self, "predictor", None)
         if own["local_predictor"] and not isinstance(predictor, nn.Module):

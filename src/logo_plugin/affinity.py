@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logo_plugin.checks import options_by_name, positive_integer
@@ -99,6 +100,25 @@ class Affinity(nn.Module):
             hidden = run_layers(self.mlp, hidden, frozen)
         logits = hidden.squeeze(-1)
         return logits if second is None else logits.T.reshape(first.shape[:-1])
+
+
+class CosineAffinity(nn.Module):
+    """Scores pairs of projections with their cosine similarity, which has nothing to learn.
+
+    `LoGoLoss(affinity="cosine")` repels it. It has no part that could be fooled or grow steeper as training goes on.
+    """
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Scores pairs.
+
+        Args:
+            first: (..., D).
+            second: Same shape.
+
+        Returns:
+            Cosine similarities, (...), in [-1, 1].
+        """
+        return F.cosine_similarity(full_precision(first), full_precision(second), dim=-1)
 
 
 def full_precision(x: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ def affinity_terms(
 ) -> tuple[Tensor, Tensor]:
     """`local_local_loss` and `affinity_loss` of the same crops, by an `Affinity` in one pass.
 
+    The latter is 0 if the affinity has no parameters.
+
     Args:
         affinity: The pair scorer.
         local_proj: L tensors (N, D), L >= 2, N >= 2.
@@ -33,6 +35,9 @@ def affinity_terms(
         noise: As in `affinity_loss`.
         partner: As in `affinity_loss`.
     """
+    if next(affinity.parameters(), None) is None:  # nothing to train
+        repelled = _looked_at(affinity, _side_by_side(_repelled_pairs(local_proj)))
+        return _repulsion(repelled, repulsion, overlap), repelled.new_zeros(())
     count = len(local_proj) * (len(local_proj) - 1) // 2
     own = type(affinity).forward is Affinity.forward
     if own and count > 1 and type(affinity.mlp[0]) is nn.Linear:  # type: ignore[index]

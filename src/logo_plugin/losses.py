@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from logo_plugin.affinity import full_precision
+from logo_plugin.affinity import CosineAffinity, full_precision
 from logo_plugin.affinity_terms import affinity_loss, affinity_terms, local_local_loss
 from logo_plugin.checks import Views, as_views, flag, options_by_name, same_shape, shapes
 from logo_plugin.checks import choice as _choice
@@ -48,7 +48,9 @@ class LoGoLoss(nn.Module):
 
     Args:
         affinity: The pair scorer, usually `Affinity(dim)`; any module that maps two (P, N, D) tensors
-            to logits (P, N). None means no repulsion: the host method with multi-crop.
+            to logits (P, N). "cosine" repels the cosine similarity itself: nothing is learned, the affinity's term
+            is 0, and the default strength is `gradient_ratio=0.1`. None means no repulsion: the host method with
+            multi-crop.
         similarity: The host method's own loss, "cosine" (negative cosine, in [-1, 1]) or any callable
             (pred (N, D), target (N, D)) -> scalar.
         local_weight: lambda, the fixed weight of local_local (default 1e-4, the paper's for SimSiam).
@@ -61,7 +63,8 @@ class LoGoLoss(nn.Module):
             "difference", f(other image) - f(same image) (Eq. 6).
         positive_noise: Gaussian noise of standard deviation `positive_noise / sqrt(D)` on the positive
             pairs of the affinity loss (release: 0.3; 0 turns it off).
-        repulsion: a(z, z') of local_local, "softplus" of the logit (release) or the "logit" (Eq. 5).
+        repulsion: a(z, z') of local_local, "softplus" of the logit (release) or the "logit" (Eq. 5). The cosine of
+            `affinity="cosine"` is repelled as it is.
         reduction: "pairs" is the mean over all global-global and local-global pairs (release), "sum"
             the mean over global-global plus the sum over local-global pairs (Eq. 9). Without local
             crops both are exactly the host method's loss.
@@ -90,7 +93,7 @@ class LoGoLoss(nn.Module):
     def __init__(
         self,
         *,
-        affinity: nn.Module | None = None,
+        affinity: nn.Module | Literal["cosine"] | None = None,
         similarity: Literal["cosine"] | Similarity = "cosine",
         local_weight: float | None = None,
         gradient_ratio: float | None = None,
@@ -102,8 +105,15 @@ class LoGoLoss(nn.Module):
         average_targets: bool = False,
     ) -> None:
         super().__init__()
+        if affinity == "cosine":
+            affinity = CosineAffinity()
+            if local_weight is None and gradient_ratio is None:
+                gradient_ratio = 0.1
         if affinity is not None and not isinstance(affinity, nn.Module):
-            raise ValueError(f"affinity must be a module such as Affinity(dim), or None, got {affinity!r}.")
+            raise ValueError(
+                'affinity must be a module like Affinity(dim), "cosine" or None; of wrap and LoGoLearner also "auto": '
+                f"got {affinity!r}."
+            )
         if affinity is not None and not _takes_pairs(affinity):
             raise ValueError(
                 "affinity must be a module such as Affinity(dim), which takes both sides of pairs, (P, N, D) each, and "
@@ -123,7 +133,8 @@ class LoGoLoss(nn.Module):
         self.local_global_weight = _weight("local_global_weight", local_global_weight)
         self.affinity_loss = _choice("affinity_loss", affinity_loss, ("logistic", "difference"))
         self.positive_noise = _weight("positive_noise", positive_noise)
-        self.repulsion = _choice("repulsion", repulsion, ("softplus", "logit"))
+        _choice("repulsion", repulsion, ("softplus", "logit"))
+        self.repulsion = "logit" if isinstance(affinity, CosineAffinity) else repulsion
         self.reduction = _choice("reduction", reduction, ("pairs", "sum"))
         self.average_targets = flag("average_targets", average_targets)
         if affinity is not None and gradient_ratio and not local_global_weight:

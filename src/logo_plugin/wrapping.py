@@ -20,7 +20,7 @@ _CALLS = {"_orig_mod": "torch.compile", "_forward_module": "fabric.setup"}
 def wrap(
     x: T,
     *,
-    affinity: nn.Module | Literal["auto"] | None = "auto",
+    affinity: nn.Module | Literal["auto", "cosine"] | None = "auto",
     local_weight: float | None = None,
     gradient_ratio: float | None = None,
     local_global_weight: float | None = None,
@@ -59,7 +59,7 @@ def wrap(
             `nn.Module`, the instance or its class (also as a decorator). Or the class of a solo-learn method, which
             takes the options of `logo_plugin.adapters.solo.wrap` instead of these.
         affinity: "auto" builds `Affinity` for the projector's width; a module, of which each model of a class has a
-            copy; or None for plain multi-crop without repulsion.
+            copy; "cosine", with which nothing is learned (`LoGoLoss`); or None for plain multi-crop without repulsion.
         local_weight: As the next seven, an option of `LoGoLoss`; None leaves it at its default.
         gradient_ratio: See `LoGoLoss`.
         local_global_weight: See `LoGoLoss`.
