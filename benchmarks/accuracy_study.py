@@ -60,6 +60,8 @@ STAGES = [
     # LoGo's defaults are lower after 60 epochs, with a share of the gradient below 1 %: is it the repulsion? And the
     # cosine, repelled ten times as strongly and more, was no lower.
     ("imagenette", "moco-both", ["cosine"], [0, 3, 4], 60),
+    ("imagenette", "moco-both", ["cosine"], [3, 4, 5, 6], 11),
+    ("imagenette", "byol", ["cosine"], [3, 4, 5, 6, 7], 11),
     ("imagenette", "byol", ["cosine"], [0, 1, 2], 60),
     ("imagenette", "moco-both", ["lambda 1e-05"], [0, 3, 4], 60),
     ("imagenette", "moco-both", [*MAIN[3:], *KEY], [3, 4, 5], 11),
