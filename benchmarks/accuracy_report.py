@@ -32,6 +32,7 @@ COLOURS = {
     "2 crops, equal compute, lr x 2": "#8c564b",
     "multi-crop": "#1f77b4",
     "LoGo": "#d62728",
+    "cosine": "#2ca02c",
     "release": "#ff7f0e",
 }
 MAIN = tuple(COLOURS)
@@ -41,6 +42,8 @@ PAIRS = (
     ("multi-crop", "2 crops, equal compute, lr x 2"),
     ("LoGo", "2 crops, equal compute"),
     ("LoGo", "multi-crop"),
+    ("cosine", "2 crops, equal compute"),
+    ("cosine", "multi-crop"),
     ("release", "2 crops, equal compute"),
     ("release", "multi-crop"),
 )

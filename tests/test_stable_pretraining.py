@@ -230,6 +230,15 @@ class TestOptimizers:
         with pytest.raises(ValueError, match=r"no optimizer of Module has its projector.*widen the regex 'modules'"):
             self.homes(model, {"backbone": BACKBONE})
 
+    @pytest.mark.parametrize("name", ["simclr", "SimSiam"])
+    def test_the_cosine_has_nothing_to_join(self, name):
+        model, host_alone = wrap(stable_hosts.host(name), affinity="cosine"), stable_hosts.host(name)
+        run = fit(model, Views(4))
+        params = [p for group in run.optimizers[0].param_groups for p in group["params"]]
+        assert len(params) == len([*host_alone.parameters()])
+        z = model.logo_local_proj
+        torch.testing.assert_close(model.logo_terms.local_local, nn.functional.cosine_similarity(*z).mean())
+
     def test_a_local_predictor_joins_the_predictor(self):
         model = wrap(stable_hosts.module("byol"), local_predictor=True)
         weight = model.logo_local_predictor[0].weight.detach().clone()
