@@ -213,6 +213,19 @@ def comparisons(runs, columns):
     return markdown(["method", "difference", "seeds", *columns], rows)
 
 
+def course(runs):
+    """How far arms of equal epochs and crops are ahead of multi-crop on the way, in k-NN."""
+    rows, epochs = [], []
+    for (method, arm), of_seeds in runs.items():
+        base = runs.get((method, "multi-crop"), {})
+        pairs = [(dict(of_seeds[s]["curve"]), dict(base[s]["curve"])) for s in sorted(of_seeds.keys() & base.keys())]
+        if arm in ("LoGo", "cosine", "release") and pairs:
+            epochs = sorted(set.intersection(*(set(curve) for pair in pairs for curve in pair)))
+            each = [[mine[epoch] - other[epoch] for mine, other in pairs] for epoch in epochs]
+            rows.append([method, f"{arm} minus multi-crop", str(len(pairs)), *map(cell, each)])
+    return markdown(["method", "difference", "seeds", *(f"epoch {epoch}" for epoch in epochs)], rows)
+
+
 def differences(runs, method, base, what="knn"):
     """{arm: paired differences to the base}, of arms that share a seed with it, the lowest mean first."""
     found = {arm: paired(runs, method, arm, base, what) for of, arm in runs if of == method and arm != base}
@@ -346,6 +359,7 @@ def main():
             f"{dataset} mechanism": table(runs, MECHANISM),
             f"{dataset} differences": comparisons(runs, QUALITY[:6]),
             f"{dataset} rates": rates(swept[dataset]),
+            f"{dataset} course": course(runs),
         }
         text |= {f"{dataset} {method} factors": factors(runs, method, "multi-crop") for method in methods}
         for name, content in text.items():
