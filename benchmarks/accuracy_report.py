@@ -265,7 +265,7 @@ def draw_curves(panels, path):
                 axis.plot(compute, curve, "o", color=COLOURS[arm], markersize=3.5, alpha=0.6)
         axis.set(title=title, xlabel="compute, in epochs of 2 crops", ylabel="k-NN accuracy, %")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -369,7 +369,7 @@ def main():
         file = dataset.replace(" ", "_")
         if options.figures and len(everything) == 1:
             draw_curves([(method, runs, method) for method in methods], options.figures / f"accuracy_curves_{file}.png")
-        if options.figures and any(arm not in MAIN for _, arm in runs):
+        if options.figures and sum(arm not in MAIN for _, arm in runs) > 4:
             most = max(methods, key=lambda method: sum(of == method for of, _ in runs))
             draw_factors(runs, most, "multi-crop", options.figures / f"accuracy_factors_{file}.png")
             if any("lr" in r for of_seeds in runs.values() for r in of_seeds.values()):

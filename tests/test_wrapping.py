@@ -449,6 +449,17 @@ class TestClasses:
             assert f"    {name}: " in inspect.getdoc(wrap), name
 
 
+@pytest.mark.parametrize("host", [hosts.BYOL, hosts.MoCo])
+def test_an_affinity_that_repels_nothing_changes_no_gradient(host):
+    """It learns beside the model: with a strength of 0 a step is plain multi-crop's, to the last bit."""
+    model = host()
+    plain, beside = (trained(model, batch(), **o)[0] for o in ({"affinity": None}, {"local_weight": 0.0}))
+    assert all(p.grad.abs().sum() > 0 for name, p in beside.logo.affinity.named_parameters() if "weight" in name)
+    others = {name: p.grad for name, p in beside.named_parameters() if not name.startswith("logo.") and p.requires_grad}
+    for name, p in plain.named_parameters():
+        assert not p.requires_grad or torch.equal(p.grad, others[name]), name
+
+
 class TestCosine:
     """affinity="cosine": nothing is added to the model that a checkpoint or an optimizer could hold."""
 
