@@ -64,6 +64,8 @@ STAGES = [
     ("imagenette", "byol", ["cosine"], [3, 4, 5, 6, 7], 11),
     ("imagenette", "byol", ["cosine"], [0, 1, 2], 60),
     ("imagenette", "moco-both", ["lambda 1e-05"], [0, 3, 4], 60),
+    # Were multi-crop's runs, which all are compared with, lucky?
+    ("imagenette", "moco-both", MAIN[1:3], [5, 6], 60),
     ("imagenette", "moco-both", [*MAIN[3:], *KEY], [3, 4, 5], 11),
     ("imagenette", "byol", MAIN[3:], [3, 4, 5], 11),
     ("imagenette", "simsiam", CHOOSERS, [0, 1, 2], 11),
