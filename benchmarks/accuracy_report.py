@@ -199,30 +199,29 @@ def comparisons(runs, columns):
     """What the main arms differ by, method by method, and over the pairs of all methods that have them."""
     columns, rows = present(runs, columns), []
     methods = list(dict.fromkeys(method for method, _ in runs))
-    of = {column: {pair: [paired(runs, m, *pair, column) for m in methods] for pair in PAIRS} for column in columns}
-    for i, method in enumerate([*methods, "all"]):
+    for name, of in [*((method, [method]) for method in methods), ("all", methods)]:
         for arm, base in PAIRS:
-            each = [of[column][arm, base] for column in columns]
-            if method == "all":
-                several = sum(map(bool, each[0])) > 1
-                cells = [[v for values in found for v in values] for found in each] if several else []
-            else:
-                cells = [found[i] for found in each]
-            if any(cells):
-                rows.append([method, f"{arm} minus {base}", str(len(cells[0])), *map(cell, cells)])
+            having = [method for method in of if paired(runs, method, arm, base)]
+            if len(having) > (name == "all"):
+                cells = [[v for m in having for v in paired(runs, m, arm, base, column)] for column in columns]
+                rows.append([name, f"{arm} minus {base}", str(len(cells[0])), *map(cell, cells)])
     return markdown(["method", "difference", "seeds", *columns], rows)
 
 
 def course(runs):
     """How far arms of equal epochs and crops are ahead of multi-crop on the way, in k-NN."""
-    rows, epochs = [], []
+    found = {}
     for (method, arm), of_seeds in runs.items():
         base = runs.get((method, "multi-crop"), {})
         pairs = [(dict(of_seeds[s]["curve"]), dict(base[s]["curve"])) for s in sorted(of_seeds.keys() & base.keys())]
         if arm in ("LoGo", "cosine", "release") and pairs:
-            epochs = sorted(set.intersection(*(set(curve) for pair in pairs for curve in pair)))
-            each = [[mine[epoch] - other[epoch] for mine, other in pairs] for epoch in epochs]
-            rows.append([method, f"{arm} minus multi-crop", str(len(pairs)), *map(cell, each)])
+            found[method, f"{arm} minus multi-crop"] = pairs
+    curves = [set(curve) for pairs in found.values() for pair in pairs for curve in pair]
+    epochs = sorted(set.intersection(*curves)) if curves else []
+    rows = [
+        [*names, str(len(pairs)), *(cell([mine[epoch] - other[epoch] for mine, other in pairs]) for epoch in epochs)]
+        for names, pairs in found.items()
+    ]
     return markdown(["method", "difference", "seeds", *(f"epoch {epoch}" for epoch in epochs)], rows)
 
 

@@ -25,23 +25,24 @@ from logo_plugin import LoGoLoss, MultiCropCollate
 EVERY, PLAIN = 25, LoGoLoss.extend
 
 
-def extend(loss, host_loss, **given):
-    """As `LoGoLoss.extend`, and keeps every call's share in `loss.shares`."""
-    terms = PLAIN(loss, host_loss, **given)
+def share(loss, terms, given):
+    """The repulsion's part of the gradient in percent."""
     pull, push = (
         torch.cat(torch.autograd.grad(term, given["local_proj"], retain_graph=True)).float().norm()
         for term in (terms.local_global, terms.local_local)
     )
     pairs = len(given["local_pred"]) * len(given["global_target"])
-    weight = given["scale"] * pairs / (given["global_pairs"] + pairs)
-    loss.shares = [*getattr(loss, "shares", []), 100 * float(loss.local_weight * push / (weight.detach() * pull))]
-    return terms
+    weight = given["scale"].detach() * pairs / (given["global_pairs"] + pairs)
+    return 100 * float(loss.local_weight * push / (weight * pull))
 
 
-def extend_and_tell(loss, host_loss, **given):
-    terms = extend(loss, host_loss, **given)
-    if len(loss.shares) % EVERY == 0:
-        print(f"step {len(loss.shares)}: {loss.shares[-1]:.2f} %, affinity's loss {terms.affinity:.3f}", flush=True)
+def tell(loss, host_loss, **given):
+    """As `LoGoLoss.extend`, and prints every 25th call's share."""
+    terms = PLAIN(loss, host_loss, **given)
+    loss.calls = getattr(loss, "calls", 0) + 1
+    if loss.calls % EVERY == 0:
+        found = share(loss, terms, given)
+        print(f"step {loss.calls}: {found:.2f} %, affinity's loss {float(terms.affinity):.3f}", flush=True)
     return terms
 
 
@@ -50,17 +51,23 @@ def of_run(folder, data):
     record, state = json.loads(Path(f"{folder}.json").read_text()), torch.load(folder / "weights.pt")
     options = argparse.Namespace(lr=record["lr"], **record["setting"])
     model = build(record["method"], record["arm"], options, 1, 1).to(memory_format=torch.channels_last)
-    if "criterion.keys" in state:
-        model.criterion.keys = state["criterion.keys"]  # as long as it was
+    model.on_load_checkpoint({"state_dict": state})
     model.load_state_dict(state)
     (images, labels), *_ = accuracy.load("imagenette", data, None, True)
     collate = MultiCropCollate(**DATASETS["imagenette"].crops)
     torch.manual_seed(0)
     loader = DataLoader(TensorDataset(images, labels), options.batch_size, shuffle=True, collate_fn=collate)
-    for i, batch in zip(range(EVERY), loader, strict=False):
-        with torch.autocast("cpu", torch.bfloat16):
-            model.training_step(batch, i)
-    shares = model.logo.shares
+    shares = []
+
+    def keep(loss, host_loss, **given):
+        terms = PLAIN(loss, host_loss, **given)
+        shares.append(share(loss, terms, given))
+        return terms
+
+    with patch.object(LoGoLoss, "extend", keep):
+        for i, batch in zip(range(EVERY), loader, strict=False):
+            with torch.autocast("cpu", torch.bfloat16):
+                model.training_step(batch, i)
     print(f"{folder.name}: {sum(shares) / len(shares):.2f} % ({min(shares):.2f} to {max(shares):.2f})", flush=True)
 
 
@@ -71,11 +78,10 @@ def main():
     options = parser.parse_args()
     accuracy.prepare()
     if options.runs:
-        with patch.object(LoGoLoss, "extend", extend):
-            for folder in options.runs:
-                of_run(folder, options.data)
+        for folder in options.runs:
+            of_run(folder, options.data)
         return
-    with TemporaryDirectory() as folder, patch.object(LoGoLoss, "extend", extend_and_tell):
+    with TemporaryDirectory() as folder, patch.object(LoGoLoss, "extend", tell):
         job = ["--data", str(options.data), "--dataset", "imagenette", "--methods", "byol", "--arms", "LoGo"]
         job += ["--seeds", "0", "--backbone", "tiny", "--batch-size", "64", "--precision", "bf16-mixed", "--validate"]
         job += ["--epochs", "11", "--lr", "0.4", "--output", folder]

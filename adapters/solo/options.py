@@ -30,21 +30,19 @@ OPTIONS: dict[str, Any] = OWN | {
     if name not in ("affinity", "similarity")
 }
 PREFIX = "method_kwargs.logo."
+_LEARNED = ("affinity_hidden_dim", "affinity_norm", "affinity_loss", "positive_noise")
 # (a setting, whether it is made, what then has no effect)
 _Setting = Callable[[Mapping[str, Any]], bool]
 _IDLE: list[tuple[str, _Setting, tuple[str, ...]]] = [
     (
         "affinity=cosine",
         lambda options: options["affinity"] == "cosine",
-        ("affinity_hidden_dim", "affinity_norm", "affinity_loss", "positive_noise", "repulsion"),
+        (*_LEARNED, "repulsion"),
     ),
     (
         "affinity=false",
         lambda options: not options["affinity"],
-        (
-            *("affinity_hidden_dim", "affinity_norm", "affinity_loss", "positive_noise"),
-            *("local_weight", "gradient_ratio", "repulsion", "weigh_overlap"),
-        ),
+        (*_LEARNED, "local_weight", "gradient_ratio", "repulsion", "weigh_overlap"),
     ),
     ("local_weight=0", lambda options: options["local_weight"] == 0, ("repulsion", "weigh_overlap")),
     (
@@ -80,8 +78,7 @@ def checked(given: Any) -> dict[str, Any]:
         # True: the cosine stands in for what is built later.
         affinity = nn.CosineSimilarity() if options["affinity"] is True else options["affinity"] or None
         made = LoGoLoss(affinity=affinity, **{name: options[name] for name in options if name not in OWN})
-        if options["affinity"] == "cosine":
-            options["gradient_ratio"] = made.gradient_ratio
+        options["gradient_ratio"] = made.gradient_ratio  # the cosine has a default of its own
     except ValueError as error:
         raise ValueError(f"method_kwargs.logo: {error}") from error
     positive_integer(f"{PREFIX}affinity_hidden_dim", options["affinity_hidden_dim"])

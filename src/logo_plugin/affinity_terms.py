@@ -36,8 +36,8 @@ def affinity_terms(
         partner: As in `affinity_loss`.
     """
     if next(affinity.parameters(), None) is None:  # nothing to train
-        repelled = _looked_at(affinity, _side_by_side(_repelled_pairs(local_proj)))
-        return _repulsion(repelled, repulsion, overlap), repelled.new_zeros(())
+        repelled = local_local_loss(affinity, local_proj, repulsion=repulsion, overlap=overlap)
+        return repelled, repelled.new_zeros(())
     count = len(local_proj) * (len(local_proj) - 1) // 2
     own = type(affinity).forward is Affinity.forward
     if own and count > 1 and type(affinity.mlp[0]) is nn.Linear:  # type: ignore[index]
@@ -55,7 +55,11 @@ def affinity_terms(
 
 
 def local_local_loss(
-    affinity: nn.Module, local_proj: Tensor, *, repulsion: str = "softplus", overlap: Tensor | None = None
+    affinity: nn.Module,
+    local_proj: Tensor | Sequence[Tensor],
+    *,
+    repulsion: str = "softplus",
+    overlap: Tensor | None = None,
 ) -> Tensor:
     """Eq. 5: the mean affinity of the local crops of one image, over unordered pairs.
 
