@@ -27,7 +27,7 @@ class UnitAffinity(Affinity):
         return super().forward(F.normalize(first, dim=-1), F.normalize(second, dim=-1))
 
 
-# arm: (options of wrap or None for two crops, options of the run: crops, equal compute, factors of the lr, ...).
+# arm: (options of wrap or None for two crops, options of the run: crops, equal compute, factors of the lr, fade, ...).
 # An affinity is given as what makes it, so that the run's seed initialises it; 128 is the projector's width.
 # "compute" trains for as many epochs as make the run cost what multi-crop 2 + 2 costs, in passes weighted by pixels.
 TWO_CROPS = {"local_crops": 0, "global_scale": (0.2, 1.0)}
@@ -60,6 +60,7 @@ ARMS |= {
     "layer norm, unit z": ({**STRONG, "affinity": partial(UnitAffinity, 128, norm="layer")}, {}),
     "logit": ({**STRONG, "repulsion": "logit"}, {}),
     "cosine": ({**STRONG, **COSINE}, {}),
+    "cosine, fading": ({**STRONG, **COSINE}, {"fade": True}),  # to nothing, as the learning rate does
     "attraction": ({**STRONG, "affinity": Attraction}, {}),
     "no noise": ({**STRONG, "positive_noise": 0.0}, {}),
     "noise 1": ({**STRONG, "positive_noise": 1.0}, {}),

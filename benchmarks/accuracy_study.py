@@ -10,8 +10,7 @@ rates: three rates with the first seed, the best two of them with three seeds, t
 more seeds. The report leaves the three seeds that chose out: in them the rate's luck is the arm's, and an arm that did
 not choose, such as LoGo, has none.
 Arms that repel, or vary one factor, have multi-crop's rate; longer schedules have the rates of 11 epochs, and collages
-those of Imagenette, so that no collage chose any. What is in
-benchmarks/results/ is not repeated.
+those of Imagenette, so that no collage chose any. What is in benchmarks/results/ is not repeated.
 """
 
 import argparse
@@ -68,6 +67,9 @@ STAGES = [
     ("imagenette", "simsiam", CHOOSERS, [0, 1, 2], 11),
     ("imagenette", "simsiam", MAIN[:3], [3, 4, 5], 11),
     ("collages", "moco-both", [*MAIN[:3], "cosine"], [3, 4, 5], 11),
+    # The repelled cosine is ahead at first and no more at the end: and if it is repelled at first only?
+    ("imagenette", "moco-both", ["cosine, fading"], [3, 4, 5, 6], 11),
+    ("imagenette", "moco-both", ["cosine, fading"], [3, 4, 0], 60),
     ("imagenette", "byol", ["cosine"], [0, 1, 2], 60),
     ("imagenette", "moco-both", ["lambda 1e-05"], [0, 3, 4], 60),
     ("imagenette", "moco-both", [*MAIN[3:], *KEY], [3, 4, 5], 11),
