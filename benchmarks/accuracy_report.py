@@ -82,6 +82,12 @@ HEADINGS = {
     "feature_other_image_similarity": "of two images' features",
     "affinity_accuracy": "affinity accuracy, %",
     "cpu_seconds": "CPU s",
+    "byol": "BYOL",
+    "moco": "MoCo",
+    "moco-both": "MoCo",
+    "simsiam": "SimSiam",
+    "imagenette": "Imagenette",
+    "cifar10": "CIFAR-10",
 }
 CIFAR = {"global_size": 32, "local_size": 32}  # of the runs that have no cost in them
 DOSES = {
@@ -151,10 +157,12 @@ def cell(values, digits=1):
     return f"{mean:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
+def heading(name):
+    return HEADINGS.get(name, name.replace("_", " "))
+
+
 def markdown(columns, rows):
-    head, *body = (
-        f"| {' | '.join(line)} |\n" for line in ([HEADINGS.get(c, c.replace("_", " ")) for c in columns], *rows)
-    )
+    head, *body = (f"| {' | '.join(heading(c) for c in line)} |\n" for line in (columns, *rows))
     return f"{head}|{'---|' * len(columns)}\n{''.join(body)}"
 
 
@@ -243,28 +251,33 @@ def factors(runs, method, base):
     return markdown(["arm", "seeds", *QUALITY[:3], *columns], rows)
 
 
-def draw_curves(panels, path):
-    """k-NN against compute; `panels` are (title, runs, method)."""
-    rows = 1 + (len(panels) > 3)
-    columns = math.ceil(len(panels) / rows)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3.6 * rows), layout="constrained", squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
-    for axis, (title, runs, method) in zip(axes.flat, panels, strict=False):
+def draw_curves(everything, path):
+    """k-NN against compute, mean and seeds of the arms with three or more.
+
+    `everything` are (data set and schedule, runs, method).
+    """
+    columns = min(3, len(everything))
+    rows = math.ceil(len(everything) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.8 * rows), layout="constrained", squeeze=False)
+    for axis, (dataset, runs, method) in zip(axes.flat, everything, strict=False):
         for arm in MAIN:
             of_seeds = list(runs.get((method, arm), {}).values())
-            if not of_seeds:
+            if len(of_seeds) < 3:
                 continue
             factor = of_seeds[0].get("cost") or cost(method, arm, CIFAR)
             compute = [epoch * factor for epoch, _ in of_seeds[0]["curve"]]
             curves = [[accuracy for _, accuracy in record["curve"]] for record in of_seeds]
             means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
-            axis.plot(compute, means, color=COLOURS[arm], label=arm)
+            axis.plot(compute, means, color=COLOURS[arm], label=f"{arm} ({len(curves)})")
             for curve in curves:
-                axis.plot(compute, curve, "o", color=COLOURS[arm], markersize=3.5, alpha=0.6)
-        axis.set(title=title, xlabel="compute, in epochs of 2 crops", ylabel="k-NN accuracy, %")
+                axis.plot(compute, curve, "o", color=COLOURS[arm], markersize=2.5, alpha=0.35)
+        name, *schedule = dataset.split()
+        axis.set(xlabel="compute, in epochs of 2 crops", ylabel="k-NN accuracy, %")
+        axis.set_title(", ".join([heading(method), heading(name), *(f"{epochs} epochs" for epochs in schedule)]))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=8, title="arm (seeds)", title_fontsize=8)
+    for axis in axes.flat[len(everything) :]:
+        axis.set_axis_off()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -291,7 +304,7 @@ def draw_factors(runs, method, base, path):
     axes[0].axvline(0, color="black", linewidth=0.8)
     axes[2].axvline(50, color="black", linewidth=0.8)
     axes[0].set_yticks(range(len(rows)), [f"{arm} ({len(runs[method, arm])})" for arm, _ in rows])
-    axes[0].set(title=f"{method}: k-NN minus {base}'s (seeds)", xlabel="percentage points")
+    axes[0].set(title=f"{heading(method)}: k-NN minus {base}'s (seeds)", xlabel="percentage points")
     axes[1].set(title="alike: local crops of one image", xlabel="cosine; hollow: of two images")
     for axis, (_, title) in zip(axes[2:], panels, strict=True):
         axis.set(title=title, xlabel="each seed")
@@ -315,7 +328,7 @@ def draw_doses(runs, methods, path):
             for dose, pairs in found.items():
                 axis.plot([dose] * len(pairs), pairs, "o", color=colour, markersize=3.5, alpha=0.6)
         axis.axhline(0, color="#1f77b4", linewidth=0.8)
-        axis.set(title=method, xlabel="gradient_ratio", ylabel="k-NN minus multi-crop's, points", xscale="log")
+        axis.set(title=heading(method), xlabel="gradient_ratio", ylabel="k-NN minus multi-crop's, points", xscale="log")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
@@ -343,14 +356,16 @@ def main():
     records = [r for of_rates in sweeps for of_seeds in of_rates.values() for r in of_seeds.values()]
     if options.json:
         options.json.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+    panels = {
+        dataset: [(dataset, runs, method) for method in dict.fromkeys(method for method, _ in runs)]
+        for dataset, runs in everything.items()
+    }
     if options.figures and len(everything) > 1:
-        *_, last = everything  # of which one method stands for all
-        panels = [
-            (f"{dataset}{' epochs' * (' ' in dataset)}, {method}", runs, method)
-            for dataset, runs in everything.items()
-            for method in list(dict.fromkeys(method for method, _ in runs))[: 1 if dataset == last else None]
-        ]
-        draw_curves(panels, options.figures / "accuracy_curves.png")
+        (first, *_), (*_, last) = panels.values(), panels  # of the last data set one method stands for all
+        draw_curves([*first, panels.pop(last)[0]], options.figures / "accuracy_curves.png")
+        panels.pop(next(iter(panels)))
+    for dataset, of_dataset in panels.items() if options.figures else ():
+        draw_curves(of_dataset, options.figures / f"accuracy_curves_{dataset.replace(' ', '_')}.png")
     for dataset, runs in everything.items():
         methods = list(dict.fromkeys(method for method, _ in runs))
         text = {
@@ -366,8 +381,6 @@ def main():
         if options.into:
             put(text, options.into)
         file = dataset.replace(" ", "_")
-        if options.figures and len(everything) == 1:
-            draw_curves([(method, runs, method) for method in methods], options.figures / f"accuracy_curves_{file}.png")
         if options.figures and sum(arm not in MAIN for _, arm in runs) > 4:
             most = max(methods, key=lambda method: sum(of == method for of, _ in runs))
             draw_factors(runs, most, "multi-crop", options.figures / f"accuracy_factors_{file}.png")
