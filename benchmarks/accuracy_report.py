@@ -33,6 +33,7 @@ COLOURS = {
     "multi-crop": "#1f77b4",
     "LoGo": "#d62728",
     "cosine": "#2ca02c",
+    "cosine, fading": "#9467bd",
     "release": "#ff7f0e",
 }
 MAIN = tuple(COLOURS)
@@ -44,6 +45,8 @@ PAIRS = (
     ("LoGo", "multi-crop"),
     ("cosine", "2 crops, equal compute"),
     ("cosine", "multi-crop"),
+    ("cosine, fading", "multi-crop"),
+    ("cosine, fading", "cosine"),
     ("release", "2 crops, equal compute"),
     ("release", "multi-crop"),
 )
@@ -222,7 +225,7 @@ def course(runs):
     for (method, arm), of_seeds in runs.items():
         base = runs.get((method, "multi-crop"), {})
         pairs = [(dict(of_seeds[s]["curve"]), dict(base[s]["curve"])) for s in sorted(of_seeds.keys() & base.keys())]
-        if arm in ("LoGo", "cosine", "release") and pairs:
+        if arm in ("LoGo", "cosine", "cosine, fading", "release") and pairs:
             found[method, f"{arm} minus multi-crop"] = pairs
     curves = [set(curve) for pairs in found.values() for pair in pairs for curve in pair]
     epochs = sorted(set.intersection(*curves)) if curves else []
