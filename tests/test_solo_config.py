@@ -70,9 +70,7 @@ def test_bad_options(logo, message):
 @pytest.mark.parametrize("method", HIDDEN_PROJECTION)
 def test_ratio_where_it_cannot_be_taken(method, logo):
     """The config check says so, before a model is built; the preset's own ratio is no better."""
-    message = (
-        r"logo\.gradient_ratio=0\.\d+ .*Leave method_kwargs\.logo\.gradient_ratio out and set .*logo\.local_weight"
-    )
+    message = r"logo\.gradient_ratio=0\.\d+ .*Set a fixed method_kwargs\.logo\.local_weight instead"
     with pytest.raises(ValueError, match=message):
         checked(usual_config(logo, method))
     if "preset" in logo:  # the rest of the preset can be had
@@ -99,13 +97,17 @@ def test_any_options(data):
 def test_ratio_where_another_output_hides_the_projection():
     """Outputs named by the user are judged by the first forward."""
     methods, _ = import_solo()
-    for proj, outputs in (("p", {}), ("z", {"proj": "z"})):
-        cls = wrap(type("Mine", (methods.NNSiam,), {}), **{"proj": proj} | outputs)
-        cfg = cls.add_and_assert_specific_cfg(usual_config({"gradient_ratio": 0.1}, "nnsiam"))
-        if proj == "p":
+    for proj, logo, named in (
+        ("p", {"gradient_ratio": 0.1}, None),
+        ("z", {"gradient_ratio": 0.1}, ""),
+        ("z", {"affinity": "cosine"}, " (which method_kwargs.logo.affinity=cosine has unless told)"),
+    ):
+        cls = wrap(type("Mine", (methods.NNSiam,), {}), proj=proj)
+        cfg = cls.add_and_assert_specific_cfg(usual_config(logo, "nnsiam"))
+        if named is None:
             cls(cfg)
         else:
-            with pytest.raises(ValueError, match=r"gradient_ratio=0\.1 compares gradients at the projection"):
+            with pytest.raises(ValueError, match=re.escape(f"gradient_ratio=0.1{named} compares gradients at the")):
                 cls(cfg)
 
 

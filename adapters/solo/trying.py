@@ -52,9 +52,13 @@ def refuse_ratio(options: Mapping[str, Any], method: str) -> None:
     """ValueError if the options ask for `gradient_ratio`, of a method that hides its projection."""
     ratio, preset = options["gradient_ratio"], options["preset"]
     if ratio is not None and options["affinity"]:
-        of_preset = f" (of {PREFIX}preset={preset})" if ratio == PRESETS.get(preset, {}).get("gradient_ratio") else ""
+        origin = ""
+        if ratio == PRESETS.get(preset, {}).get("gradient_ratio"):
+            origin = f" (of {PREFIX}preset={preset})"
+        elif options["affinity"] == "cosine":
+            origin = f" (which {PREFIX}affinity=cosine has unless told)"
         raise ValueError(
-            f"{PREFIX}gradient_ratio={ratio}{of_preset} compares gradients at the projection, and {method} does not "
-            f"compute its prediction from it, but from what it normalises to get it. Leave {PREFIX}gradient_ratio out "
-            f"and set a fixed {PREFIX}local_weight."
+            f"{PREFIX}gradient_ratio={ratio}{origin} compares gradients at the projection, and {method} does not "
+            f"compute its prediction from it, but from what it normalises to get it. Set a fixed {PREFIX}local_weight "
+            "instead."
         )
