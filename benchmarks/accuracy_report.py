@@ -206,11 +206,11 @@ def paired(runs, method, arm, base, what="knn"):
     return [mine[s]["final"][what] - reference[s]["final"][what] for s in sorted(mine.keys() & reference.keys())]
 
 
-def comparisons(runs, columns):
-    """What the main arms differ by, method by method, and over the pairs of all methods that have them."""
+def comparisons(runs, columns, each=True):
+    """What the main arms differ by, method by method if `each`, and over the pairs of all methods that have them."""
     columns, rows = present(runs, columns), []
     methods = list(dict.fromkeys(method for method, _ in runs))
-    for name, of in [*((method, [method]) for method in methods), ("all", methods)]:
+    for name, of in [*((method, [method]) for method in methods if each), ("all", methods)]:
         for arm, base in PAIRS:
             having = [method for method in of if paired(runs, method, arm, base)]
             if len(having) > (name == "all"):
@@ -374,7 +374,8 @@ def main():
         text = {
             f"{dataset} main": table(runs, ("lr", *QUALITY, "s per step", "cpu_seconds")),
             f"{dataset} mechanism": table(runs, MECHANISM),
-            f"{dataset} differences": comparisons(runs, QUALITY[:6]),
+            f"{dataset} summary": comparisons(runs, [what for what in QUALITY if not what.endswith("_linear")], False),
+            f"{dataset} differences": comparisons(runs, QUALITY),
             f"{dataset} rates": rates(swept[dataset]),
             f"{dataset} course": course(runs),
         }
