@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from logo_plugin.crops import CropBoxes, DeferredViews
@@ -55,6 +54,9 @@ class LightlyModel(LoGoModel):
         losses = [name for name, child in self.named_children() if type(child).__module__.startswith("lightly.loss")]
         for name in losses:
             self.check_criterion(getattr(self, name))
+        own = getattr(self, "criterion", None)
+        if losses and isinstance(own, nn.Module) and not type(own).__module__.startswith(("lightly.loss", "torch.nn")):
+            losses = ["criterion", *losses]
         if len(losses) > 1:
             raise ValueError(
                 f"{type(self).__name__} has several losses ({', '.join(losses)}), as methods that compare dense maps "
@@ -93,14 +95,14 @@ class LightlyModel(LoGoModel):
         return methods + super().online_methods(heads)
 
     @contextmanager
-    def watch_step(self, heads: Heads, outputs: Outputs) -> Iterator[Callable[[Tensor], Observed]]:
+    def watch_step(self, heads: Heads, outputs: Outputs) -> Iterator[Callable[[Tensor], Observed | None]]:
         """As usual, but lightly's cosine is the core's, which takes all pairs at once instead of one by one."""
         criterion: Any = resolve(self, self.logo_settings.criterion)
         cls = type(criterion)
         cosine = cls.__name__ == "NegativeCosineSimilarity" and cls.__module__.startswith("lightly.loss")
         with super().watch_step(heads, outputs) as observe:
             if cosine and (criterion.dim, criterion.eps) == (1, 1e-8):
-                yield lambda loss: observe(loss)._replace(similarity=negative_cosine)
+                yield lambda loss: (found := observe(loss)) and found._replace(similarity=negative_cosine)
             else:
                 yield observe
 
@@ -113,6 +115,20 @@ class LightlyModel(LoGoModel):
 class LightningModel(LightlyModel):
     """A LightningModule: its `training_step` is the host's step."""
 
+    def attach_logo(self, *, only: bool = False) -> None:
+        """As usual, after a look at how Lightning calls the model."""
+        for name in ("training_step", "configure_optimizers"):
+            if name in vars(self):
+                raise ValueError(
+                    f"{type(self).__name__} gives each instance a {name} of its own (self.{name} = ...), which LoGo's "
+                    "would never reach: make it a method of the class."
+                )
+        # Lightning passes batch_idx to those that take it, and the one below takes everything.
+        step = inspect.signature(super().training_step).parameters.values()  # type: ignore[misc]
+        more = [p for p in step if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY, p.VAR_POSITIONAL)][1:]
+        super().attach_logo(only=only)
+        self.__dict__["_logo_indexed"] = bool(more)
+
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's own on the global crops, plus LoGo's terms, which are logged as `logo/...`."""
         if not getattr(self, "automatic_optimization", True):
@@ -123,8 +139,11 @@ class LightningModel(LightlyModel):
         views = views_of(batch, type(self).__name__)
         boxes = next((item for item in batch if isinstance(item, CropBoxes)), None)
         rest = [item for item in batch[1:] if item is not boxes]
+        make = getattr(type(batch), "_make", type(batch))  # of a named tuple
         own = super().training_step  # type: ignore[misc]
-        out, terms = logo_step(self, lambda crops: own(type(batch)([crops, *rest]), *args, **kwargs), views, boxes)
+        if not self.__dict__.get("_logo_indexed", True):
+            args, kwargs = (), {}
+        out, terms = logo_step(self, lambda crops: own(make([crops, *rest]), *args, **kwargs), views, boxes)
         log_terms(self, terms, len(views[0]))
         return out
 
@@ -159,8 +178,8 @@ def takes_two_views(module: nn.Module) -> bool:
     return "x1" in inspect.signature(forward).parameters
 
 
-def _optimizers(configured: Any) -> Iterator[torch.optim.Optimizer]:
-    if isinstance(configured, torch.optim.Optimizer):
+def _optimizers(configured: Any) -> Iterator[Any]:
+    if hasattr(configured, "param_groups"):  # torch's, or a wrapper around one
         yield configured
     elif isinstance(configured, (list, tuple, dict)):
         for item in configured.values() if isinstance(configured, dict) else configured:

@@ -71,19 +71,26 @@ def _known_step(model: PlainModel, settings: Settings, criterion: nn.Module, hea
         ("bank", False, True): _queue_step,  # MoCo
         ("contrast", False, False): _symmetric_step,  # SimCLR, Barlow Twins, VICReg, DCL
     }
-    step = known.get(parts) if settings.globals == 2 else None
+    frozen = [name for name, child in model.named_children() if _is_frozen(child)]
+    step = known.get(parts) if settings.globals == 2 and (target or not frozen) else None
     if step is None:
-        has = " and ".join(
-            [f"{type(criterion).__name__}"] + ["a predictor"] * parts[1] + [f"targets from {target}"] * parts[2]
-        )
+        has = [type(criterion).__name__] + ["a predictor"] * parts[1]
+        if target or frozen:
+            has += [f"targets from {target}" if target else f"networks that nothing trains ({', '.join(frozen)})"]
         raise ValueError(
-            f"LoGo cannot tell what your loop computes for {type(model).__name__} with {has}"
+            f"LoGo cannot tell what your loop computes for {type(model).__name__} with {' and '.join(has)}"
             f"{f' and {settings.globals} global crops' if settings.globals != 2 else ''}. Say it: wrap(model, "
             "criterion=criterion, step=step), where step(model, global_views) returns the loss as your loop computes "
             "it, calling criterion. Known without are BYOL and SimSiam (predictor, cosine), MoCo (memory bank) and "
             "symmetric losses of two projections, each with 2 global crops."
         )
     return step
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """As target networks are."""
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
 def _kind(criterion: nn.Module, heads: Heads) -> str | None:

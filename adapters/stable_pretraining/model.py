@@ -105,7 +105,7 @@ class StableModel(LoGoModel):
         check_loss(type(criterion), type(self).__name__)
 
     @contextmanager
-    def watch_step(self, heads: Heads, outputs: Outputs) -> Iterator[Callable[[Tensor], Observed]]:
+    def watch_step(self, heads: Heads, outputs: Outputs) -> Iterator[Callable[[Tensor], Observed | None]]:
         """Watches the heads where there is no loss module."""
         if self.logo_settings.criterion is not None:
             with super().watch_step(heads, outputs) as observe:

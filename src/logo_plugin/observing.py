@@ -4,7 +4,9 @@ From the calls come the targets, the scale of the loss, and the similarity that 
 called once more as the host called it, with a local crop's prediction in the place of the host's.
 """
 
+import copy
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -20,15 +22,26 @@ from logo_plugin.compiling import eager
 from logo_plugin.losses import Similarity, info_nce
 
 Key = int | str  # of an argument: its position or its name
+_CONTAINERS = (list, tuple, set, dict, deque)
+_OF_MODULES = frozenset(vars(nn.Module()))
 
 
 class Call(NamedTuple):
-    """One call of the criterion; `negatives` is what its memory bank held before the step, (D, K)."""
+    """One call of the criterion.
+
+    Attributes:
+        args: What it was given.
+        kwargs: The same, by name.
+        value: What it returned; the step has a copy, which it may change in place.
+        negatives: What the criterion's memory bank held before the step, (D, K).
+        given: What tells whether `args` and `kwargs` are still what they were.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     value: Any
     negatives: Tensor | None
+    given: Any
 
 
 class Watched(NamedTuple):
@@ -42,22 +55,26 @@ class Observed(NamedTuple):
     """What one step of the host says about its objective.
 
     Attributes:
+        weights: Of the criterion's calls in the loss, (calls,).
         scale: What the host multiplies its mean similarity with.
         global_global: That mean (scalar).
         global_pairs: Pairs of global crops behind it; a symmetric call compares two.
         preds: Of what the criterion was given, what carries gradient, (N, D) each.
         mutual: Whether both sides of a call carry gradient: each is prediction and, detached, target.
         targets: What local crops are pulled to, (N, D) each, without gradient.
-        similarity: (prediction of a local crop, target) -> scalar.
+        similarity: (prediction of a local crop, target) -> scalar; or one for each target.
+        example: Prediction, target and what the criterion gave for them, where `similarity` is not the criterion.
     """
 
+    weights: Tensor
     scale: Tensor
     global_global: Tensor
     global_pairs: int
     preds: list[Tensor]
     mutual: bool
     targets: list[Tensor]
-    similarity: Similarity
+    similarity: Similarity | list[Similarity]
+    example: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 @contextmanager
@@ -69,8 +86,10 @@ def watch(criterion: nn.Module) -> Iterator[Watched]:
     recorder = _recorder(bank) if isinstance(bank, nn.Module) else None
 
     @eager
-    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
-        calls.append(Call(args, kwargs, value, recorder.negatives[0] if recorder and recorder.negatives else None))
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Any:
+        negatives = recorder.negatives[0] if recorder and recorder.negatives else None
+        calls.append(Call(args, kwargs, value, negatives, _versions(args, kwargs)))
+        return value.clone() if isinstance(value, Tensor) else value
 
     with ExitStack() as stack:
         stack.callback(criterion.register_forward_hook(record, with_kwargs=True).remove)
@@ -104,10 +123,10 @@ def _recorder(bank: nn.Module) -> _Recorder:
         @eager
         def forward(*args: Any, **kwargs: Any) -> Any:
             itself: Any = this()
-            output, found = type(itself).forward(itself, *args, **kwargs)
-            if found is not None:
-                negatives.append(found)
-            return output, found
+            out = type(itself).forward(itself, *args, **kwargs)
+            if isinstance(out, tuple) and len(out) == 2 and out[1] is not None:
+                negatives.append(out[1])
+            return out
 
         _RECORDERS[bank] = _Recorder(forward, negatives)
     return _RECORDERS[bank]
@@ -115,8 +134,15 @@ def _recorder(bank: nn.Module) -> _Recorder:
 
 @eager
 def read(
-    watched: Watched, host_loss: Tensor, criterion: nn.Module, model: str, *, target_given: bool, others: str = ""
-) -> Observed:
+    watched: Watched,
+    host_loss: Tensor,
+    criterion: nn.Module,
+    model: str,
+    *,
+    target_given: bool,
+    others: str = "",
+    optional: bool = False,
+) -> Observed | None:
     """What the calls say; those that the loss does not depend on say nothing.
 
     Args:
@@ -126,12 +152,18 @@ def read(
         model: The model's name, for errors.
         target_given: The user says what the targets are, so the criterion's arguments need not tell.
         others: Other losses of the model, for errors.
+        optional: Whether a step that does not use the criterion is none of LoGo's, as in an epoch of another loss.
+
+    Returns:
+        None for such a step.
 
     Raises:
         RuntimeError: If the criterion's calls are none that local crops can be pulled by; it says why.
     """
     name = f"{type(criterion).__name__} of {model}"
     if not watched.calls:
+        if optional:
+            return None
         raise RuntimeError(f"the training step never called {name}; name the right criterion with criterion=.")
     for call in watched.calls:
         if not isinstance(call.value, Tensor) or call.value.ndim:
@@ -141,32 +173,51 @@ def read(
     values = [call.value for call in learning]
     weights = torch.autograd.grad(host_loss, values, retain_graph=True, allow_unused=True) if values else ()
     used = [(weight, call) for weight, call in zip(weights, learning, strict=True) if weight is not None]
+    if not used and optional:
+        return None
     if not used:
         for call in watched.calls:  # says why, where the arguments do
             _read_call(call, criterion, name, others)
         raise RuntimeError(f"the loss does not depend on {name}, which LoGo observes; name another with criterion=.")
+    if any(_versions(call.args, call.kwargs) != call.given for _, call in used):
+        raise RuntimeError(
+            f"the step changes in place what it has given to {name}, so LoGo cannot tell what local crops are to be "
+            "pulled to. Give the criterion a copy, with .clone()."
+        )
     parts = [_read_call(call, criterion, name, others) for _, call in used]
     if len({part.mutual for part in parts}) > 1:
         raise RuntimeError(
             f"{name} was called both with and without targets that carry gradient. Use LoGoLoss directly."
         )
-    similarity = parts[-1].similarity
+    targets = {id(target): (target, part.similarity) for part in parts for target in part.targets}
+    similarity: Similarity | list[Similarity] = parts[-1].similarity
+    example = None
     if used[-1][1].negatives is not None:
         temperature = getattr(criterion, "temperature", None)
         if temperature is None:
             raise RuntimeError(f"{name} has a memory bank but no temperature, so its InfoNCE cannot be repeated.")
         similarity = partial(info_nce, queue=watched.calls[0].negatives, temperature=temperature)
-    elif watched.stateful():
-        similarity = on_a_copy(criterion, similarity, name)
-    scale = torch.stack([weight for weight, _ in used]).sum()
+        example = parts[0].preds[0].detach(), parts[0].targets[-1], used[0][1].value.detach()
+    else:
+        if any(part.others != parts[0].others for part in parts):  # a margin, say, that is another in each call
+            similarity = [of_target for _, of_target in targets.values()]
+        if watched.stateful():
+            each = similarity if isinstance(similarity, list) else [similarity]
+            each = [on_a_copy(criterion, one, name) for one in each]
+            similarity = each if isinstance(similarity, list) else each[0]
+    weighed = torch.stack([weight for weight, _ in used])
+    found = torch.stack([call.value for _, call in used])
+    scale = weighed.sum()
     return Observed(
+        weighed,
         scale,
-        torch.stack([weight * call.value for weight, call in used]).sum() / scale,
+        (weighed * found).sum() / (scale + (scale == 0)),  # a loss that is ramped up may have the scale 0
         sum(1 if target_given and part.mutual else part.pairs for part in parts),
         [pred for part in parts for pred in part.preds],
         parts[0].mutual,
-        list({id(target): target for part in parts for target in part.targets}.values()),
+        [target for target, _ in targets.values()],
         similarity,
+        example,
     )
 
 
@@ -208,7 +259,7 @@ def read_pairs(
                 f"the loss of {model} is not the one that LoGo knows of this method: its gradient at the predictions "
                 "is another. Name the loss module with criterion=, or use LoGoLoss directly."
             )
-    return Observed(scale.to(mean.dtype), mean, len(pairs), preds, False, targets, similarity)
+    return Observed(scale[None], scale.to(mean.dtype), mean, len(pairs), preds, False, targets, similarity)
 
 
 class _Part(NamedTuple):
@@ -217,6 +268,7 @@ class _Part(NamedTuple):
     targets: Sequence[Tensor]
     pairs: int
     similarity: Similarity
+    others: dict[Key, Any]  # what else the criterion was given
 
 
 def _read_call(call: Call, criterion: nn.Module, name: str, others: str) -> _Part:
@@ -226,7 +278,11 @@ def _read_call(call: Call, criterion: nn.Module, name: str, others: str) -> _Par
         (z0, p0), (z1, p1) = given.values()
         if all(_is_batch(x) for x in (z0, p0, z1, p1)):
             # Symmetric pairs, as SymNegCosineSimilarityLoss takes them: with the same pair twice it is s(p, z).
-            return _Part([p0, p1], False, [z1.detach(), z0.detach()], 2, lambda p, t: criterion((t, p), (t, p)))
+            learning = _learning(criterion, (z0, p0, z1, p1), name)
+            if learning == (False, True, False, True):
+                return _Part([p0, p1], False, [z1.detach(), z0.detach()], 2, lambda p, t: criterion((t, p), (t, p)), {})
+            if learning == (True, False, True, False):
+                return _Part([z0, z1], False, [p1.detach(), p0.detach()], 2, lambda p, t: criterion((p, t), (p, t)), {})
     nested = [key for key, value in given.items() if isinstance(value, (tuple, list, dict))]
     tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
     if nested:
@@ -243,6 +299,7 @@ def _read_call(call: Call, criterion: nn.Module, name: str, others: str) -> _Par
             "(N, D) and a target (N, D): masks, dense maps, prototypes and labels are beyond it."
             + (f" If one of {others} is such a loss, name it with criterion=." if others else "")
         )
+    rest = {key: value for key, value in given.items() if key not in tensors}
     keys, carries = list(tensors), [value.requires_grad for value in tensors.values()]
     if not any(carries):
         raise RuntimeError(
@@ -251,10 +308,29 @@ def _read_call(call: Call, criterion: nn.Module, name: str, others: str) -> _Par
         )
     if all(carries):
         sides = list(tensors.values())
-        return _Part(sides, True, [side.detach() for side in sides], 2, _repeat(criterion, call, *keys))
+        return _Part(sides, True, [side.detach() for side in sides], 2, _repeat(criterion, call, *keys), rest)
     if not carries[0]:
         keys.reverse()
-    return _Part([tensors[keys[0]]], False, [tensors[keys[1]].detach()], 1, _repeat(criterion, call, *keys))
+    return _Part([tensors[keys[0]]], False, [tensors[keys[1]].detach()], 1, _repeat(criterion, call, *keys), rest)
+
+
+_LEARNING: WeakKeyDictionary[nn.Module, tuple[bool, ...]] = WeakKeyDictionary()
+
+
+@eager
+def _learning(criterion: nn.Module, pairs: Sequence[Tensor], name: str) -> tuple[bool, ...]:
+    """Which of the tensors of two pairs learn by a criterion; it detaches the others."""
+    if criterion not in _LEARNING:
+        leaves = [tensor.detach().requires_grad_() for tensor in pairs]
+        value = on_a_copy(criterion, criterion, name)(leaves[:2], leaves[2:])  # type: ignore[arg-type]
+        found = torch.autograd.grad(value, leaves, allow_unused=True)
+        _LEARNING[criterion] = tuple(gradient is not None for gradient in found)
+    return _LEARNING[criterion]
+
+
+def _versions(*values: Any) -> Any:
+    """What tells whether tensors, and those in lists and the like, were changed in place."""
+    return [_version(value) for value in values]
 
 
 @eager
@@ -291,7 +367,7 @@ def on_a_copy(criterion: nn.Module, similarity: Similarity, name: str) -> Simila
     def kept(pred: Tensor, target: Tensor) -> Tensor:
         before = _state(criterion)
         for holder, key, value, _ in before:
-            holder[key] = value.clone() if isinstance(value, Tensor) else list(value) if _is_list(value) else value
+            holder[key] = _copied(value)
         try:
             value = similarity(pred, target)
         finally:
@@ -310,14 +386,17 @@ def on_a_copy(criterion: nn.Module, similarity: Similarity, name: str) -> Simila
 _Entry = tuple[dict[str, Any], str, Any, Any]  # holder, key, value, what tells that the value was changed in place
 
 
+@eager
 def _state(criterion: nn.Module) -> list[_Entry]:
-    """All that a module keeps between calls: buffers, tensors, lists of them, numbers."""
+    """All that a module keeps between calls: buffers, tensors that nothing trains, containers of them, numbers."""
     return [
         (holder, key, value, _version(value))
         for module in criterion.modules()
-        for holder in (vars(module), module._buffers)
+        for holder in (vars(module), module._buffers, module._parameters)
         for key, value in holder.items()
-        if value is None or isinstance(value, (Tensor, int, float, str)) or _is_list(value)
+        if not (holder is vars(module) and key in _OF_MODULES)
+        and not (isinstance(value, nn.Parameter) and value.requires_grad)
+        and isinstance(value, (Tensor, int, float, str, type(None), *_CONTAINERS))
     ]
 
 
@@ -326,17 +405,28 @@ def _changed(criterion: nn.Module, before: list[_Entry]) -> bool:
     after = _state(criterion)
     return len(after) != len(before) or any(
         new_key != key
-        or (new is not value and (isinstance(value, Tensor) or isinstance(new, Tensor) or new != value))
+        or (new is not value and (isinstance(value, Tensor) or isinstance(new, Tensor)))
+        or (not isinstance(value, (Tensor, *_CONTAINERS)) and new != value)
         or new_version != version
         for (_, new_key, new, new_version), (_, key, value, version) in zip(after, before, strict=True)
     )
 
 
 def _version(value: Any) -> Any:
+    if isinstance(value, Tensor):  # `.data = ...` moves it without a new version
+        return None if value.is_inference() else (value._version, value.data_ptr())
+    if isinstance(value, dict):
+        return [(key, id(item), _version(item)) for key, item in value.items()]
+    return [(id(item), _version(item)) for item in value] if isinstance(value, _CONTAINERS) else None
+
+
+def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value._version
-    return [(id(item), _version(item)) for item in value] if _is_list(value) else None
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, (Tensor, int, float)) for item in value)
+        return value.clone()
+    if isinstance(value, dict):
+        new = copy.copy(value)
+        new.update({key: _copied(item) for key, item in value.items()})
+        return new
+    if isinstance(value, deque):
+        return deque(map(_copied, value), value.maxlen)
+    return type(value)(map(_copied, value)) if type(value) in (list, tuple, set) else value

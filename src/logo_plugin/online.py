@@ -49,18 +49,24 @@ class Source(NamedTuple):
 
 
 def find_heads(model: nn.Module, names: Names, projector: str | None = None) -> Heads:
-    """The projector and predictor, on the model itself or on the first part that has them.
+    """The projector and predictor, on the model itself or on the first part that has them and trains them.
 
     Raises:
         ValueError: If there is no projector.
     """
     wanted = (projector,) if projector else names.projector
+    first = None
     for owner in model.modules():
         for name in wanted:
             if isinstance(getattr(owner, name, None), nn.Module):
                 predictors = (getattr(owner, n, None) for n in names.predictor)
                 predictor = next((p for p in predictors if isinstance(p, nn.Module)), None)
-                return Heads(owner, getattr(owner, name), predictor)
+                heads = Heads(owner, getattr(owner, name), predictor)
+                if any(parameter.requires_grad for parameter in heads.projector.parameters()):
+                    return heads
+                first = first or heads  # a teacher's, which nothing trains, if there are others
+    if first is not None:
+        return first
     raise ValueError(
         f"{type(model).__name__} has no {' / '.join(wanted)}, whose output the affinity compares. If it compares "
         "projections (N, D) of two views, name its projector with projector='...'; else LoGo cannot extend it."
@@ -116,10 +122,13 @@ def source_of(pred: Tensor, outputs: Outputs, heads: Heads) -> Source | None:
     """
     given = _plain(pred)
     for head in reversed(heads.modules):
-        blocks = [_plain(b) for out in outputs.get(head, []) if out.ndim == 2 for b in torch.split(out, len(pred))]
+        if _is_sum(pred) and not any(pred is out for out in outputs.get(head, [])):
+            continue  # z + h(z) may be z before h has learned anything
+        outs = [out for out in outputs.get(head, []) if out.ndim == 2]
+        blocks = [_plain(block).to(given.dtype) for out in outs for block in torch.split(out, len(pred))]
         for normalized in (False, True):
             known = [F.normalize(b, dim=1) for b in blocks] if normalized else blocks
-            if any(b.shape == given.shape and _close(given, b) for b in known):
+            if any(is_close(given, b) for b in known):
                 return Source(head is heads.predictor, normalized)
     return None
 
@@ -157,23 +166,32 @@ def run_online(
     needed = [heads.projector, *heads.modules[1:]]
     if not source.is_predictor if source is not None else local_predictor is None:
         needed = needed[:1]
+    failures = ""
     for name, method in methods:
         preds: list[Tensor] = []
         projs: list[Tensor] = []
         for batch in [torch.cat(list(views))] if concat else views:
-            with stand_in(heads.predictor, local_predictor), outputs_of(heads.modules, len(views[0])) as ran:
-                out = _sized(method, batch, global_shape)
+            try:
+                with stand_in(heads.predictor, local_predictor), outputs_of(heads.modules, len(views[0])) as ran:
+                    out = _sized(method, batch, global_shape)
+            except (AttributeError, TypeError) as error:  # it takes something else than images
+                failures += f" {name}: {error}."
+                break
             if any(head not in ran for head in needed):
                 break
-            preds += _predictions(out, len(views[0]), batch, ran, heads, source, features)
+            found = _predictions(out, len(views[0]), batch, ran, heads, source, features)
+            if torch.is_grad_enabled() and not all(pred.requires_grad for pred in found):
+                failures += f" {name} gives predictions without gradient."
+                break
+            preds += found
             projs += ran[heads.projector]
         else:
             return name, preds, projs
     also = " and predictor" if len(needed) > 1 else ""
     raise RuntimeError(
         f"no method of {type(heads.owner).__name__} that LoGo knows runs the projector{also} (tried "
-        f"{[name for name, _ in methods]}). Name the method from images to predictions with online=, or the projector "
-        "with projector=."
+        f"{[name for name, _ in methods]}).{failures} Name the method from images to predictions with online=, or the "
+        "projector with projector=."
     )
 
 
@@ -220,9 +238,29 @@ def _predictions(
     return torch.split(pred, rows)
 
 
+def _is_sum(x: Tensor) -> bool:
+    return type(x.grad_fn).__name__.startswith(("AddBackward", "SubBackward"))
+
+
+def leaves_of(tensors: Iterable[Tensor]) -> set[int]:
+    """The ids of the tensors that the gradient of these ends at, found without computing it."""
+    seen, leaves, todo = set(), set(), [tensor.grad_fn for tensor in tensors]
+    while todo:
+        node: Any = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            leaves.add(id(getattr(node, "variable", None)))
+            todo += [parent for parent, _ in node.next_functions]
+    return leaves
+
+
 def _plain(x: Tensor) -> Tensor:
     return full_precision(x.detach())
 
 
-def _close(first: Tensor, second: Tensor) -> bool:
-    return torch.allclose(first, second, rtol=1e-2, atol=1e-3 * float(second.abs().max()))
+def is_close(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are the same but for rounding."""
+    if first.shape != second.shape:
+        return False
+    first, second = _plain(first), _plain(second)
+    return torch.allclose(first, second.to(first.dtype), rtol=1e-2, atol=1e-3 * float(second.abs().max()))

@@ -12,12 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logo_plugin.compiling import eager_frame, gradients_inside
+from logo_plugin.compiling import eager, eager_frame, gradients_inside
 from logo_plugin.crops import CropBoxes, crop_overlap
 from logo_plugin.local_predictor import join_groups
 from logo_plugin.losses import LoGoTerms
+from logo_plugin.modes import kept_statistics
 from logo_plugin.observing import Observed, is_symmetric
-from logo_plugin.online import Heads, Method, Outputs, Source, outputs_of, run_online, source_of
+from logo_plugin.online import (
+    Heads,
+    Method,
+    Outputs,
+    Source,
+    is_close,
+    leaves_of,
+    outputs_of,
+    run_online,
+    source_of,
+)
 from logo_plugin.recomputing import local_forwards
 from logo_plugin.wrapped import LoGoModel, resolve
 
@@ -76,9 +87,12 @@ def _logo_step(
         return None, None
     host_loss = out["loss"] if isinstance(out, dict) else out
     observed = observe(host_loss)
-    kind = (observed.mutual, len(observed.preds))
-    if kind not in model._logo_sources:
-        model._logo_sources[kind] = _source(model, observed, ran, heads)
+    if observed is None:
+        return out, None
+    # How predictions come from the heads may change with the epoch: then it is looked up anew.
+    kind = (observed.mutual, *(_origin(pred, ran, heads) for pred in observed.preds))
+    new = kind not in model._logo_sources
+    source = _source(model, observed, ran, heads) if new else model._logo_sources[kind]
     targets = observed.targets
     if settings.target:
         with torch.no_grad():
@@ -92,13 +106,20 @@ def _logo_step(
         method, local_pred, local_proj = run_online(
             methods_of(model, heads),
             heads,
-            model._logo_sources[kind],
+            source,
             local_views,
             features=observed.preds[0].shape[1],
             global_shape=views[0].shape[1:],
             local_predictor=model.logo_local_predictor,
             concat=settings.concat_local_crops,
         )
+    if new:
+        _check_online(model, method, heads, source, global_views, observed, local_pred)
+        if model.logo.affinity is not None and _trained(heads) and not all(z.requires_grad for z in local_proj):
+            raise RuntimeError(
+                f"{method} of {name} gives projections of local crops without gradient, so nothing could repel them. "
+                "torch.utils.checkpoint needs use_reentrant=False; or give affinity=None."
+            )
     terms = model.logo.extend(
         host_loss,
         global_global=observed.global_global,
@@ -110,6 +131,7 @@ def _logo_step(
         similarity=observed.similarity,
         local_overlap=overlap,
     )
+    model._logo_sources[kind] = source
     model.__dict__["_logo_online"] = method
     model.logo_terms = terms.detach()
     model.logo_local_proj = [z.detach() for z in local_proj]
@@ -158,16 +180,90 @@ def methods_of(model: LoGoModel, heads: Heads) -> list[tuple[str, Method]]:
     return [method for method in methods if method[0] == found] or methods
 
 
+def _origin(pred: Tensor, ran: Outputs, heads: Heads) -> str:
+    """Which head gave a prediction as it is, else what made it of something; without a look at the values."""
+    for head, name in zip(heads.modules, ("projector", "predictor"), strict=False):
+        if any(pred is out for out in ran.get(head, [])):
+            return name
+    return type(pred.grad_fn).__name__
+
+
+def _trained(heads: Heads) -> bool:
+    return any(parameter.requires_grad for parameter in heads.projector.parameters())
+
+
+@eager
+def _check_online(
+    model: LoGoModel,
+    method: str,
+    heads: Heads,
+    source: Source | None,
+    global_views: list[Tensor],
+    observed: Observed,
+    local_pred: Sequence[Tensor],
+) -> None:
+    """RuntimeError unless what ran local crops gives for global ones what the step gave, and trains what it trains.
+
+    A network that draws at random (dropout) has nothing to compare.
+    """
+    methods, (rows, features) = methods_of(model, heads), observed.preds[0].shape
+
+    def run(views: list[Tensor]) -> Tensor:
+        return torch.cat(run_online(methods, heads, source, views, features=features)[1])
+
+    def told(found: Tensor) -> bool:
+        return any(is_close(pred, part) for pred in observed.preds for part in torch.split(found, rows))
+
+    cure = "name with online= a method from images to what the criterion is given."
+    devices = [global_views[0].device] if global_views[0].is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices), kept_statistics(model):
+        found = run(global_views)
+        same = told(found) or not is_close(found, run(global_views)) or told(run([torch.cat(global_views)]))
+    if not same:
+        raise RuntimeError(
+            f"the step of {type(model).__name__} gives the criterion something else for global crops than {method}, "
+            "which LoGo forwards local crops with. What the step itself does to images or features is not in it: "
+            f"{cure}"
+        )
+    own = {id(p): n for n, p in model.named_parameters() if not n.startswith("logo")}
+    more = sorted(own[p] for p in (leaves_of(local_pred) - leaves_of(observed.preds)) & own.keys())
+    if more:
+        raise RuntimeError(
+            f"local crops would train {', '.join(more[:3])}{' and others' * (len(more) > 3)} of "
+            f"{type(model).__name__}, which its own step does not train with this loss (no_grad, detach): {cure}"
+        )
+
+
 def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads) -> Source | None:
     """Where the predictions come from, as this step showed, or an error: without that no local ones can be had."""
     settings = model.logo_settings
     criterion = "" if settings.criterion is None else f"{type(resolve(model, settings.criterion)).__name__} of "
     name = f"{criterion}{type(model).__name__}"
+    if observed.example is not None:
+        pred, target, value = observed.example
+        repeated = observed.similarity(pred, target)  # type: ignore[operator]
+        if not torch.allclose(repeated.float(), value.float(), rtol=1e-2, atol=1e-3):
+            raise RuntimeError(
+                f"{name} has a memory bank and gave {float(value):.4g} where InfoNCE with the bank as negatives gives "
+                f"{float(repeated):.4g}: it is another loss, which LoGo cannot repeat. Use LoGoLoss directly."
+            )
+    signs = observed.weights.sign().tolist()
+    if min(signs) < 0 < max(signs):
+        raise RuntimeError(
+            f"{name} is added to the loss for some pairs and subtracted for others, as for negatives, and local crops "
+            "would be pulled to all of them. Put both into one criterion, or use LoGoLoss directly."
+        )
     sources = [source_of(pred, ran, heads) for pred in observed.preds]
     found = [source for source in sources if source is not None]
     if observed.mutual:
+        if settings.criterion is not None and any(p.ndim > 1 for p in resolve(model, settings.criterion).parameters()):
+            raise RuntimeError(
+                f"{name} has layers of its own and is given two tensors that both carry gradient, so LoGo cannot tell "
+                "which side it makes a prediction of. Put the layers into the model, as its predictor."
+            )
         likely = len(set(sources)) == 1 or settings.target is not None
-        if not likely or not is_symmetric(observed.similarity, *(pred.detach() for pred in observed.preds[:2])):
+        repeat: Any = observed.similarity[0] if isinstance(observed.similarity, list) else observed.similarity
+        if not likely or not is_symmetric(repeat, *(pred.detach() for pred in observed.preds[:2])):
             raise RuntimeError(
                 f"{name} was called with two tensors that both carry gradient and do not play the same part, so LoGo "
                 "cannot tell the prediction from the target. Detach the target before the criterion, or name the "

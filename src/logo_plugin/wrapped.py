@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -133,8 +134,10 @@ class LoGoModel(nn.Module):
         """Refuses, when wrapping, a criterion that the host's adapter knows to be none for LoGo."""
 
     @contextmanager
-    def watch_step(self, heads: Heads, outputs: Outputs) -> Iterator[Callable[[Tensor], Observed]]:
+    def watch_step(self, heads: Heads, outputs: Outputs) -> Iterator[Callable[[Tensor], Observed | None]]:
         """While it lasts the host's step runs; then what it gives tells, from the step's loss, what was observed.
+
+        None stands for a later step that does without the criterion: it is the host's alone.
 
         Args:
             heads: The model's.
@@ -144,7 +147,15 @@ class LoGoModel(nn.Module):
         with watch(criterion) as watched:
             losses = [n for n, m in self.named_children() if type(m).__name__.endswith("Loss") and m is not criterion]
             others = ", ".join(name for name in losses if name != "logo")
-            yield lambda loss: read(watched, loss, criterion, type(self).__name__, target_given=given, others=others)
+            yield partial(
+                read,
+                watched,
+                criterion=criterion,
+                model=type(self).__name__,
+                target_given=given,
+                others=others,
+                optional=bool(self._logo_sources),
+            )
 
     def online_methods(self, heads: Heads) -> list[tuple[str, Method]]:
         """(name, images -> ...) of what may run backbone and heads, the likeliest first."""

@@ -1,0 +1,601 @@
+"""Models that people write: `wrap` trains them as computed by hand, or refuses them, and never trains them wrongly."""
+
+import copy
+from collections import deque, namedtuple
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from lightly.loss import NegativeCosineSimilarity, NTXentLoss, VICRegLoss
+from lightly.models.modules import NNMemoryBankModule
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from logo_plugin import wrap
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning_fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+def conv():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+
+
+def mlp(inside, out):
+    return nn.Sequential(nn.Linear(inside, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, out))
+
+
+def cosine(pred, target):
+    return -F.cosine_similarity(pred, target, dim=1).mean()
+
+
+def batch(n=6):
+    generator = torch.Generator().manual_seed(0)
+    return [[torch.randn(n, 3, side, side, generator=generator) for side in (24, 24, 16, 16)], torch.arange(n) % 4]
+
+
+class SimSiam(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.projection_head, self.prediction_head = conv(), mlp(8, 10), mlp(10, 10)
+        self.criterion = NegativeCosineSimilarity()
+
+    def both(self, x):
+        z = self.projection_head(self.backbone(x).flatten(1))
+        return z, self.prediction_head(z)
+
+    def forward(self, x):
+        return self.both(x)
+
+    def training_step(self, batch, batch_idx):
+        (z0, p0), (z1, p1) = map(self.both, batch[0])
+        return 0.5 * (self.criterion(p0, z1.detach()) + self.criterion(p1, z0.detach()))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class OnlyParts(SimSiam):
+    """Without a forward of its own."""
+
+    forward = pl.LightningModule.forward
+
+
+def by_hand(model, views, similarity=cosine, scale=1.0):
+    """(the host's loss, its scale, its mean similarity, pairs, local predictions, targets, similarity)"""
+    (z0, p0), (z1, p1) = map(model.both, views[:2])
+    mean = (similarity(p0, z1.detach()) + similarity(p1, z0.detach())) / 2
+    return scale * mean, scale, mean, 2, [model.both(view)[1] for view in views[2:]], [z0, z1], similarity
+
+
+def check(model, hand, **options):
+    """Loss and gradients of plain multi-crop, and of the host's loss alone with LoGo off."""
+    views = batch()[0]
+    for off in (True, False):
+        host, wrapped = copy.deepcopy(model), copy.deepcopy(model)
+        wrapped = wrap(wrapped, affinity=None, **({"local_global_weight": 0} if off else {}), **options)
+        loss = wrapped.training_step(batch(), 0)
+        if off:
+            expected = host.training_step([views[:2], batch()[1]], 0)
+        else:
+            host_loss, scale, mean, pairs, preds, targets, similarity = hand(host, views)
+            local = torch.stack([similarity(p, t.detach()) for p in preds for t in targets]).mean()
+            more = len(preds) * len(targets)
+            expected = host_loss + scale * more / (pairs + more) * (local - mean)
+        loss.backward()
+        expected.backward()
+        torch.testing.assert_close(loss, expected)
+        parameters = dict(host.named_parameters())
+        for name, parameter in wrapped.named_parameters():
+            wanted = parameters[name].grad
+            if parameter.grad is not None or wanted is not None:
+                torch.testing.assert_close(parameter.grad, wanted, rtol=1e-3, atol=1e-5, msg=name)
+    return wrapped
+
+
+class InPlace(SimSiam):
+    def training_step(self, batch, batch_idx):
+        (z0, p0), (z1, p1) = map(self.both, batch[0])
+        loss = self.criterion(p0, z1.detach())
+        loss += self.criterion(p1, z0.detach())
+        loss /= 2
+        return loss
+
+
+class NoGradForward(SimSiam):
+    @torch.no_grad()
+    def forward(self, x):
+        return self.both(x)[1]
+
+
+class InferenceForward(SimSiam):
+    @torch.inference_mode()
+    def forward(self, x):
+        return self.both(x)[1]
+
+
+class TwoArguments(SimSiam):
+    def forward(self, first, second):
+        return self.both(first), self.both(second)
+
+
+class PairLoss(nn.Module):
+    """The pairs in another order than lightly's symmetric criterion has them."""
+
+    def forward(self, first, second):
+        (p0, z0), (p1, z1) = first, second
+        return 0.5 * (cosine(p0, z1.detach()) + cosine(p1, z0.detach()))
+
+
+class Pairs(SimSiam):
+    def __init__(self):
+        super().__init__()
+        self.criterion = PairLoss()
+
+    def training_step(self, batch, batch_idx):
+        (z0, p0), (z1, p1) = map(self.both, batch[0])
+        return self.criterion((p0, z0), (p1, z1))
+
+
+@pytest.mark.parametrize("model", [InPlace, NoGradForward, InferenceForward, TwoArguments, Pairs])
+def test_as_by_hand(model):
+    torch.manual_seed(0)
+    check(model(), by_hand)
+
+
+def test_a_scale_in_place():
+    class Scaled(SimSiam):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            loss *= 0.25
+            return loss
+
+    torch.manual_seed(0)
+    check(Scaled(), lambda model, views: by_hand(model, views, scale=0.25))
+
+
+class Margin(nn.Module):
+    def forward(self, pred, target, margin):
+        return F.relu(1 - F.cosine_similarity(pred, target) - margin).mean()
+
+
+def test_another_argument_in_each_call():
+    class Margins(SimSiam):
+        def __init__(self):
+            super().__init__()
+            self.criterion = Margin()
+
+        def training_step(self, batch, batch_idx):
+            (z0, p0), (z1, p1) = map(self.both, batch[0])
+            return 0.5 * (self.criterion(p0, z1.detach(), margin=0.1) + self.criterion(p1, z0.detach(), margin=0.5))
+
+    def hand(model, views):
+        (z0, p0), (z1, p1) = map(model.both, views[:2])
+        of, margins = Margin(), {id(z1): 0.1, id(z0): 0.5}
+        mean = (of(p0, z1.detach(), 0.1) + of(p1, z0.detach(), 0.5)) / 2
+        preds = [model.both(view)[1] for view in views[2:]]
+        local = torch.stack([of(p, z.detach(), margins[id(z)]) for p in preds for z in (z1, z0)]).mean()
+        return mean, 1.0, mean, 2, preds, [z1, z0], lambda *_: local
+
+    torch.manual_seed(0)
+    check(Margins(), hand)
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.projector = conv(), mlp(8, 10)
+
+    def forward(self, x):
+        return self.projector(self.backbone(x).flatten(1))
+
+
+def test_a_teacher_before_the_student():
+    """In the first step both are the same, so nothing that they give tells them apart."""
+
+    class TeacherFirst(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.teacher = Network()
+            self.student = copy.deepcopy(self.teacher)
+            self.teacher.requires_grad_(False)
+            self.criterion = NegativeCosineSimilarity()
+
+        def forward(self, x):
+            return self.student(x)
+
+        def training_step(self, batch, batch_idx):
+            x0, x1 = batch[0]
+            first = self.criterion(self.student(x0), self.teacher(x1))
+            return 0.5 * (first + self.criterion(self.student(x1), self.teacher(x0)))
+
+    def hand(model, views):
+        p0, p1 = map(model.student, views[:2])
+        t0, t1 = map(model.teacher, views[:2])
+        mean = (cosine(p0, t1) + cosine(p1, t0)) / 2
+        return mean, 1.0, mean, 2, [model.student(view) for view in views[2:]], [t0, t1], cosine
+
+    torch.manual_seed(0)
+    check(TeacherFirst(), hand)
+
+
+class Dequeued(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.queue = deque([F.normalize(torch.randn(6, 10), dim=1)], maxlen=3)
+
+    def forward(self, query, key):
+        negatives = torch.cat(list(self.queue))
+        query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
+        self.queue.append(key.detach())
+        logits = torch.cat([(query * key).sum(1, keepdim=True), query @ negatives.T], 1) / 0.2
+        return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long))
+
+
+class CentredByDict(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kept = {"centre": torch.zeros(10)}
+
+    def forward(self, pred, target):
+        centre = self.kept["centre"]
+        self.kept["centre"] = 0.9 * centre + 0.1 * target.detach().mean(0)
+        return cosine(pred - centre, target - centre)
+
+
+class CentredByParameter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.centre = nn.Parameter(torch.zeros(10), requires_grad=False)
+
+    def forward(self, pred, target):
+        value = cosine(pred - self.centre, target - self.centre)
+        self.centre.data = 0.9 * self.centre.data + 0.1 * target.detach().mean(0)
+        return value
+
+
+@pytest.mark.parametrize("criterion", [Dequeued, CentredByDict, CentredByParameter])
+def test_what_a_criterion_keeps_is_as_without_logo(criterion):
+    torch.manual_seed(0)
+    host = SimSiam()
+    host.criterion = criterion()
+    wrapped = wrap(copy.deepcopy(host), affinity=None, local_global_weight=0)
+    views, labels = batch()
+    for _ in range(3):
+        expected = host.training_step([views[:2], labels], 0)
+        torch.testing.assert_close(wrapped.training_step(batch(), 0), expected)
+
+
+@pytest.mark.parametrize("weigh", [lambda loss: 0.0 * loss, lambda loss: F.relu(loss - 10)], ids=["ramp", "hinge"])
+def test_a_loss_that_does_not_count_yet(weigh):
+    class Ramp(SimSiam):
+        def training_step(self, batch, batch_idx):
+            return weigh(super().training_step(batch, batch_idx)) + self.both(batch[0][0])[0].pow(2).mean()
+
+    torch.manual_seed(0)
+    check(Ramp(), lambda model, views: (model.both(views[0])[0].pow(2).mean(), 0.0, *by_hand(model, views)[2:]))
+
+
+def test_a_prediction_that_comes_from_elsewhere_later():
+    """Epochs without the predictor, then with it: what local crops are given follows."""
+
+    class Switch(SimSiam):
+        warm_up = True
+
+        def training_step(self, batch, batch_idx):
+            (z0, p0), (z1, p1) = map(self.both, batch[0])
+            p0, p1 = (z0, z1) if self.warm_up else (p0, p1)
+            return 0.5 * (self.criterion(p0, z1.detach()) + self.criterion(p1, z0.detach()))
+
+    torch.manual_seed(0)
+    host = Switch()
+    wrapped = wrap(copy.deepcopy(host), affinity=None)
+    wrapped.training_step(batch(), 0)
+    wrapped.warm_up = False
+    loss = wrapped.training_step(batch(), 0)
+    host_loss, scale, mean, _, preds, targets, _ = by_hand(host, batch()[0])
+    local = torch.stack([cosine(p, t.detach()) for p in preds for t in targets]).mean()
+    torch.testing.assert_close(loss, host_loss + scale * 4 / 6 * (local - mean))
+
+
+def test_an_epoch_of_another_loss():
+    class Other(SimSiam):
+        other = False
+
+        def training_step(self, batch, batch_idx):
+            if self.other:
+                return self.both(batch[0][0])[0].pow(2).mean()
+            return super().training_step(batch, batch_idx)
+
+    torch.manual_seed(0)
+    model = wrap(Other())
+    model.training_step(batch(), 0)
+    model.other = True
+    torch.testing.assert_close(model.training_step(batch(), 0), model.both(batch()[0][0])[0].pow(2).mean())
+
+
+class NormalisedFeatures(OnlyParts):
+    def both(self, x):
+        z = self.projection_head(F.normalize(self.backbone(x).flatten(1), dim=1))
+        return z, self.prediction_head(z)
+
+
+class Rectified(OnlyParts):
+    def both(self, x):
+        z = self.projection_head(self.backbone(x).flatten(1))
+        return z, self.prediction_head(F.relu(z))
+
+
+class Prepared(SimSiam):
+    def training_step(self, batch, batch_idx):
+        return super().training_step([[x.sign() * x.abs().sqrt() for x in batch[0]], *batch[1:]], batch_idx)
+
+
+class Shuffled(SimSiam):
+    def training_step(self, batch, batch_idx):
+        return super().training_step([[x[[3, 4, 5, 0, 1, 2]] for x in batch[0]], *batch[1:]], batch_idx)
+
+
+class Detached(OnlyParts):
+    def both(self, x):
+        z = self.projection_head(self.backbone(x).flatten(1).detach())
+        return z, self.prediction_head(z)
+
+
+class Residual(SimSiam):
+    def __init__(self):
+        super().__init__()
+        nn.init.zeros_(self.prediction_head[-1].weight)
+        nn.init.zeros_(self.prediction_head[-1].bias)
+
+    def both(self, x):
+        z = self.projection_head(self.backbone(x).flatten(1))
+        return z, z + self.prediction_head(z)
+
+
+class Subtracted(SimSiam):
+    def training_step(self, batch, batch_idx):
+        (_, p0), (z1, _) = map(self.both, batch[0])
+        return self.criterion(p0, z1.detach()) - 0.3 * self.criterion(p0, z1.detach().roll(1, 0))
+
+
+class Overwritten(SimSiam):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("last", torch.randn(6, 10))
+
+    def training_step(self, batch, batch_idx):
+        (z0, _), (_, p1) = map(self.both, batch[0])
+        loss = self.criterion(p1, self.last)
+        self.last.copy_(z0.detach())
+        return loss
+
+
+class Reentrant(SimSiam):
+    def forward(self, x):
+        return checkpoint(lambda x: self.both(x)[1], x.detach().requires_grad_(True), use_reentrant=True)
+
+    def training_step(self, batch, batch_idx):
+        p0, p1 = map(self.forward, batch[0])
+        z0, z1 = (self.both(x)[0].detach() for x in batch[0])
+        return 0.5 * (self.criterion(p0, z1) + self.criterion(p1, z0))
+
+
+class ListLoss(nn.Module):
+    def forward(self, students, teachers):
+        return 0.5 * (cosine(students[0], teachers[1].detach()) + cosine(students[1], teachers[0].detach()))
+
+
+class Lists(SimSiam):
+    def __init__(self):
+        super().__init__()
+        self.criterion = ListLoss()
+
+    def training_step(self, batch, batch_idx):
+        (z0, p0), (z1, p1) = map(self.both, batch[0])
+        return self.criterion([p0, p1], [z0, z1])
+
+
+class Smoothed(NTXentLoss):
+    def forward(self, query, key):
+        query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
+        key, negatives = self.memory_bank(key, update=query.requires_grad)
+        logits = torch.cat([(query * key).sum(1, keepdim=True), query @ negatives.to(query)], 1) / self.temperature
+        return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long), label_smoothing=0.3)
+
+
+class Bank(SimSiam):
+    def __init__(self):
+        super().__init__()
+        self.criterion = Smoothed(temperature=0.2, memory_bank_size=(32, 10))
+
+
+class LearnedLoss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.predictor = nn.Linear(10, 10)
+
+    def forward(self, z0, z1):
+        first, second = self.predictor(z0), self.predictor(z1)
+        return 0.5 * (cosine(first, z1.detach()) + cosine(second, z0.detach()))
+
+
+class PredictsInTheLoss(SimSiam):
+    def __init__(self):
+        super().__init__()
+        self.criterion = LearnedLoss()
+
+    def training_step(self, batch, batch_idx):
+        return self.criterion(*(self.both(x)[0] for x in batch[0]))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (NormalisedFeatures, "gives the criterion something else for global crops than backbone, projector"),
+        (Rectified, "gives the criterion something else for global crops than backbone, projector"),
+        (Prepared, "What the step itself does to images"),
+        (Shuffled, "What the step itself does to images"),
+        (Detached, r"local crops would train backbone.* does not train with this loss \(no_grad, detach\)"),
+        (Residual, "something else than the output of the projection_head or prediction_head"),
+        (Subtracted, "subtracted for others, as for negatives"),
+        (Overwritten, "changes in place what it has given .* with .clone"),
+        (Reentrant, "use_reentrant=False"),
+        (Lists, "takes lists of views"),
+        (Bank, "memory bank and gave .* it is another loss"),
+        (PredictsInTheLoss, "has layers of its own"),
+    ],
+)
+def test_refused_before_a_weight_has_changed(model, message):
+    torch.manual_seed(0)
+    model = wrap(model())
+    before = copy.deepcopy(dict(model.named_parameters()))
+    with pytest.raises(RuntimeError, match=message):
+        model.training_step(batch(), 0)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_online_must_give_what_the_criterion_is_given():
+    class Other(OnlyParts):
+        def __init__(self):
+            super().__init__()
+            self.hidden = self.prediction_head
+            del self.prediction_head
+
+        def both(self, x):
+            z = self.projection_head(self.backbone(x).flatten(1))
+            return z, self.hidden(z)
+
+        def swapped(self, x):
+            return self.both(x)[::-1]
+
+    torch.manual_seed(0)
+    model = Other()
+    with pytest.raises(RuntimeError, match="something else for global crops than swapped"):
+        wrap(copy.deepcopy(model), online="swapped").training_step(batch(), 0)
+    check(model, by_hand, online="both")
+
+
+def test_a_dropout_is_no_reason_to_refuse():
+    class Dropped(SimSiam):
+        def __init__(self):
+            super().__init__()
+            self.prediction_head = nn.Sequential(nn.Dropout(0.5), *mlp(10, 10))
+
+    torch.manual_seed(0)
+    assert torch.isfinite(wrap(Dropped()).training_step(batch(), 0))
+
+
+def test_the_look_at_global_crops_changes_nothing():
+    """Neither BatchNorm's running statistics nor the random numbers: two steps are as if it had not been."""
+
+    class Noisy(SimSiam):
+        def __init__(self):
+            super().__init__()
+            self.projection_head = nn.Sequential(*mlp(8, 10), nn.Dropout(0.1))
+
+    torch.manual_seed(0)
+    host = Noisy()
+    wrapped = wrap(copy.deepcopy(host), affinity=None, local_global_weight=0, local_running_stats=False)
+    views, labels = batch()
+    torch.manual_seed(1)
+    host.training_step([views[:2], labels], 0)
+    [copy.deepcopy(host).both(view) for view in views[2:]]  # the random numbers of local crops
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    wrapped.training_step(batch(), 0)
+    assert torch.equal(torch.rand(3), expected)
+    for name, buffer in host.named_buffers():
+        torch.testing.assert_close(wrapped.get_buffer(name), buffer, msg=name)
+
+
+def test_neighbours_from_the_criterions_memory_bank():
+    """lightly's NNMemoryBankModule gives one tensor, not the two of a memory bank of negatives."""
+
+    class Nearest(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.memory_bank = NNMemoryBankModule(size=(32, 10))
+
+        def forward(self, pred, target):
+            return cosine(pred, self.memory_bank(target.detach(), update=True))
+
+    torch.manual_seed(0)
+    host = SimSiam()
+    host.criterion = Nearest()
+    wrapped = wrap(copy.deepcopy(host), affinity=None, local_global_weight=0)
+    views, labels = batch()
+    for _ in range(2):
+        expected = host.training_step([views[:2], labels], 0)
+        torch.testing.assert_close(wrapped.training_step(batch(), 0), expected)
+
+
+class TestLightning:
+    def test_a_step_without_batch_idx(self):
+        class Short(SimSiam):
+            def training_step(self, batch):
+                return super().training_step(batch, 0)
+
+        trainer = pl.Trainer(
+            max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+        )
+        model = wrap(Short())
+        trainer.fit(model, torch.utils.data.DataLoader([batch()] * 2, batch_size=None))
+        assert trainer.global_step == 2
+        assert model.logo_terms is not None
+
+    def test_a_named_tuple(self):
+        made = namedtuple("Batch", "views labels")
+        assert torch.isfinite(wrap(SimSiam()).training_step(made(*batch()), 0))
+
+    @pytest.mark.parametrize("name", ["training_step", "configure_optimizers"])
+    def test_methods_of_the_instance_are_refused(self, name):
+        class Own(SimSiam):
+            def __init__(self):
+                super().__init__()
+                setattr(self, name, getattr(super(), name))
+
+        with pytest.raises(ValueError, match=f"a {name} of its own"):
+            wrap(Own())
+
+    def test_a_wrapper_around_an_optimizer(self):
+        class Wrapper:
+            def __init__(self, optimizer):
+                self.optim, self.param_groups = optimizer, optimizer.param_groups
+
+        class Lars(SimSiam):
+            def configure_optimizers(self):
+                return Wrapper(torch.optim.SGD(self.backbone.parameters(), 0.1))
+
+        model = wrap(Lars())
+        (group,) = model.configure_optimizers().param_groups
+        known = {id(parameter) for parameter in group["params"]}
+        assert all(id(parameter) in known for parameter in model.logo.affinity.parameters())
+
+    def test_criterion_beside_a_loss_of_lightlys(self):
+        class Both(SimSiam):
+            def __init__(self):
+                super().__init__()
+                self.criterion, self.regulariser = PairLoss(), VICRegLoss()
+
+        with pytest.raises(ValueError, match=r"several losses \(criterion, regulariser\)"):
+            wrap(Both())
+
+
+def test_a_plain_loop_with_a_target_network_that_no_known_method_runs():
+    class BYOL(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.projection_head, self.prediction_head = conv(), mlp(8, 10), mlp(10, 10)
+            self.target = Network().requires_grad_(False)
+
+        def forward(self, x):
+            return self.prediction_head(self.projection_head(self.backbone(x).flatten(1)))
+
+    with pytest.raises(ValueError, match=r"networks that nothing trains \(target\).*step="):
+        wrap(BYOL(), criterion=NegativeCosineSimilarity())
+    assert wrap(BYOL(), criterion=NegativeCosineSimilarity(), target=lambda x: x)
