@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from logo_plugin.adapters.lightly import LightlyModel, takes_two_views, views_of
 from torch import Tensor, nn
 
@@ -82,7 +83,7 @@ def _known_step(model: PlainModel, settings: Settings, criterion: nn.Module, hea
             f"{f' and {settings.globals} global crops' if settings.globals != 2 else ''}. Say it: wrap(model, "
             "criterion=criterion, step=step), where step(model, global_views) returns the loss as your loop computes "
             "it, calling criterion. Known without are BYOL and SimSiam (predictor, cosine), MoCo (memory bank) and "
-            "symmetric losses of two projections, each with 2 global crops."
+            "lightly's symmetric losses of two projections, each with 2 global crops."
         )
     return step
 
@@ -95,6 +96,7 @@ def _is_frozen(module: nn.Module) -> bool:
 
 def _kind(criterion: nn.Module, heads: Heads) -> str | None:
     """A symmetric criterion is a "similarity" of each image's pair or a "contrast" over the batch; others are None."""
+    lightlys = type(criterion).__module__.startswith("lightly.loss")
     try:
         first, second = torch.randn(2, 8, width(heads.projector), generator=torch.Generator().manual_seed(0)).to(
             next(heads.projector.parameters()).device
@@ -103,6 +105,9 @@ def _kind(criterion: nn.Module, heads: Heads) -> str | None:
         if not is_symmetric(loss, first, second):
             return None
         with torch.no_grad():
+            unit = loss(F.normalize(first, dim=1), F.normalize(second, dim=1))
+            if not (lightlys or torch.allclose(unit, loss(first, second), rtol=1e-3)):
+                return None  # the loop may normalise, or not
             halves = (loss(first[:4], second[:4]) + loss(first[4:], second[4:])) / 2
             return "similarity" if torch.allclose(halves, loss(first, second), rtol=1e-3) else "contrast"
     except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError):

@@ -586,6 +586,32 @@ class TestLightning:
             wrap(Both())
 
 
+def test_a_plain_loop_that_may_normalise():
+    class Contrast(nn.Module):
+        def forward(self, first, second):
+            logits, own = first @ second.T / 0.2, torch.arange(len(first))
+            return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+    with pytest.raises(ValueError, match=r"cannot tell what your loop computes .* step="):
+        wrap(Network(), criterion=Contrast())
+    wrap(Network(), criterion=NTXentLoss())
+
+
+def test_a_projector_in_a_list():
+    class Listed(SimSiam):
+        def __init__(self):
+            super().__init__()
+            self.heads = nn.ModuleList([mlp(8, 10)])
+            del self.projection_head
+
+        def both(self, x):
+            z = self.heads[0](self.backbone(x).flatten(1))
+            return z, self.prediction_head(z)
+
+    torch.manual_seed(0)
+    check(Listed(), by_hand, projector="heads.0")
+
+
 def test_a_plain_loop_with_a_target_network_that_no_known_method_runs():
     class BYOL(nn.Module):
         def __init__(self):

@@ -58,10 +58,13 @@ def find_heads(model: nn.Module, names: Names, projector: str | None = None) -> 
     first = None
     for owner in model.modules():
         for name in wanted:
-            if isinstance(getattr(owner, name, None), nn.Module):
+            head: Any = owner
+            for part in name.split("."):
+                head = getattr(head, part, None)
+            if isinstance(head, nn.Module):
                 predictors = (getattr(owner, n, None) for n in names.predictor)
                 predictor = next((p for p in predictors if isinstance(p, nn.Module)), None)
-                heads = Heads(owner, getattr(owner, name), predictor)
+                heads = Heads(owner, head, predictor)
                 if any(parameter.requires_grad for parameter in heads.projector.parameters()):
                     return heads
                 first = first or heads  # a teacher's, which nothing trains, if there are others
@@ -217,7 +220,7 @@ def _sized(method: Method, images: Tensor, global_shape: Sequence[int]) -> Any:
             f"the online network failed on local crops {tuple(images.shape)}, while global crops are "
             f"(N, {', '.join(map(str, global_shape))}): {error}. If the backbone takes one size only, use "
             "local_size=global_size, or build it for other sizes (timm: dynamic_img_size=True for ViT, "
-            "strict_img_size=False for Swin)."
+            "strict_img_size=False for Swin). Else name with online= a method from images to what the criterion takes."
         ) from error
 
 
