@@ -141,7 +141,14 @@ class Pairs(SimSiam):
         return self.criterion((p0, z0), (p1, z1))
 
 
-@pytest.mark.parametrize("model", [InPlace, NoGradForward, InferenceForward, TwoArguments, Pairs])
+class Centred(SimSiam):
+    def both(self, x):
+        z = self.projection_head(self.backbone(x).flatten(1))
+        z -= z.mean(0)
+        return z, self.prediction_head(z)
+
+
+@pytest.mark.parametrize("model", [InPlace, Centred, NoGradForward, InferenceForward, TwoArguments, Pairs])
 def test_as_by_hand(model):
     torch.manual_seed(0)
     check(model(), by_hand)

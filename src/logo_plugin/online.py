@@ -105,8 +105,11 @@ def outputs_of(modules: Iterable[nn.Module], pieces: int = 0) -> Iterator[Output
         if not pieces:
             found.setdefault(module, []).append(out)
             return out
+        if len(out) == pieces:  # itself, which the model may change in place
+            found[module] = [out]
+            return out
         found[module] = list(torch.split(out, pieces))
-        return found[module][0] if len(found[module]) == 1 else torch.cat(found[module])
+        return torch.cat(found[module])
 
     with ExitStack() as stack:
         for module in modules:
