@@ -216,7 +216,8 @@ def comparisons(runs, columns, each=True):
             if len(having) > (name == "all"):
                 cells = [[v for m in having for v in paired(runs, m, arm, base, column)] for column in columns]
                 rows.append([name, f"{arm} minus {base}", str(len(cells[0])), *map(cell, cells)])
-    return markdown(["method", "difference", "seeds", *columns], rows)
+    skip = 0 if each else 1
+    return markdown(["method", "difference", "seeds", *columns][skip:], [row[skip:] for row in rows])
 
 
 def course(runs):
