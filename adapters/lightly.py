@@ -124,10 +124,10 @@ class LightningModel(LightlyModel):
                     "would never reach: make it a method of the class."
                 )
         # Lightning passes batch_idx to those that take it, and the one below takes everything.
-        step = inspect.signature(super().training_step).parameters.values()  # type: ignore[misc]
-        more = [p for p in step if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY, p.VAR_POSITIONAL)][1:]
+        step = list(inspect.signature(super().training_step).parameters.values())  # type: ignore[misc]
+        more = len(step) > 1 or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in step)
         super().attach_logo(only=only)
-        self.__dict__["_logo_indexed"] = bool(more)
+        self.__dict__["_logo_indexed"] = more
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's own on the global crops, plus LoGo's terms, which are logged as `logo/...`."""

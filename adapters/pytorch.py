@@ -89,14 +89,14 @@ def _known_step(model: PlainModel, settings: Settings, criterion: nn.Module, hea
 
 
 def _is_frozen(module: nn.Module) -> bool:
-    """As target networks are."""
+    """As target networks are, which have layers, not only statistics."""
     parameters = list(module.parameters())
-    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+    return any(p.ndim > 1 for p in parameters) and not any(p.requires_grad for p in parameters)
 
 
 def _kind(criterion: nn.Module, heads: Heads) -> str | None:
     """A symmetric criterion is a "similarity" of each image's pair or a "contrast" over the batch; others are None."""
-    lightlys = type(criterion).__module__.startswith("lightly.loss")
+    lightlys = any(cls.__module__.startswith("lightly.loss") for cls in type(criterion).__mro__)
     try:
         first, second = torch.randn(2, 8, width(heads.projector), generator=torch.Generator().manual_seed(0)).to(
             next(heads.projector.parameters()).device

@@ -19,13 +19,16 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def kept_statistics(module: nn.Module) -> Iterator[None]:
-    """While it lasts BatchNorm and layers like it normalise as ever, but their running statistics stay as they are."""
+def kept_statistics(module: nn.Module, *, every: bool = False) -> Iterator[None]:
+    """While it lasts BatchNorm and layers like it normalise as ever, but their running statistics stay as they are.
+
+    With `every` all buffers do.
+    """
     buffers = [
         (child._buffers, name, buffer)
         for child in module.modules()
         for name, buffer in child._buffers.items()
-        if buffer is not None and (name.startswith("running_") or name == "num_batches_tracked")
+        if buffer is not None and (every or name.startswith("running_") or name == "num_batches_tracked")
     ]
     for holder, name, buffer in buffers:
         holder[name] = buffer.clone()

@@ -23,6 +23,7 @@ from logo_plugin.losses import Similarity, info_nce
 
 Key = int | str  # of an argument: its position or its name
 _CONTAINERS = (list, tuple, set, dict, deque)
+_DEPTH = 3  # of containers in containers, which may hold themselves
 _OF_MODULES = frozenset(vars(nn.Module()))
 
 
@@ -412,21 +413,26 @@ def _changed(criterion: nn.Module, before: list[_Entry]) -> bool:
     )
 
 
-def _version(value: Any) -> Any:
+def _version(value: Any, depth: int = _DEPTH) -> Any:
     if isinstance(value, Tensor):  # `.data = ...` moves it without a new version
-        return None if value.is_inference() else (value._version, value.data_ptr())
-    if isinstance(value, dict):
-        return [(key, id(item), _version(item)) for key, item in value.items()]
-    return [(id(item), _version(item)) for item in value] if isinstance(value, _CONTAINERS) else None
+        strided = value.layout == torch.strided and not value.is_inference()
+        return (value._version, value.data_ptr()) if strided and value.device.type in ("cpu", "cuda") else None
+    if not depth or not isinstance(value, _CONTAINERS):
+        return None
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return [(key, id(item), _version(item, depth - 1)) for key, item in items]
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: Any, depth: int = _DEPTH) -> Any:
     if isinstance(value, Tensor):
         return value.clone()
+    if not depth:
+        return value
     if isinstance(value, dict):
         new = copy.copy(value)
-        new.update({key: _copied(item) for key, item in value.items()})
+        new.update({key: _copied(item, depth - 1) for key, item in value.items()})
         return new
+    items = (_copied(item, depth - 1) for item in value) if isinstance(value, _CONTAINERS) else ()
     if isinstance(value, deque):
-        return deque(map(_copied, value), value.maxlen)
-    return type(value)(map(_copied, value)) if type(value) in (list, tuple, set) else value
+        return deque(items, value.maxlen)
+    return type(value)(items) if type(value) in (list, tuple, set) else value

@@ -134,7 +134,7 @@ def source_of(pred: Tensor, outputs: Outputs, heads: Heads) -> Source | None:
         blocks = [_plain(block).to(given.dtype) for out in outs for block in torch.split(out, len(pred))]
         for normalized in (False, True):
             known = [F.normalize(b, dim=1) for b in blocks] if normalized else blocks
-            if any(is_close(given, b) for b in known):
+            if any(_is_close(given, b) for b in known):
                 return Source(head is heads.predictor, normalized)
     return None
 
@@ -248,12 +248,14 @@ def _is_sum(x: Tensor) -> bool:
     return type(x.grad_fn).__name__.startswith(("AddBackward", "SubBackward"))
 
 
-def leaves_of(tensors: Iterable[Tensor]) -> set[int]:
-    """The ids of the tensors that the gradient of these ends at, found without computing it."""
+def leaves_of(tensors: Iterable[Tensor]) -> set[int] | None:
+    """The ids of the tensors that the gradient of these ends at, without computing it; None if they are hidden."""
     seen, leaves, todo = set(), set(), [tensor.grad_fn for tensor in tensors]
     while todo:
         node: Any = todo.pop()
         if node is not None and node not in seen:
+            if type(node).__name__ == "CheckpointFunctionBackward":
+                return None
             seen.add(node)
             leaves.add(id(getattr(node, "variable", None)))
             todo += [parent for parent, _ in node.next_functions]
@@ -264,7 +266,7 @@ def _plain(x: Tensor) -> Tensor:
     return full_precision(x.detach())
 
 
-def is_close(first: Tensor, second: Tensor) -> bool:
+def _is_close(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors are the same but for rounding."""
     if first.shape != second.shape:
         return False
