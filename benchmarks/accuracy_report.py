@@ -361,7 +361,11 @@ def main():
     if options.json:
         options.json.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
     panels = {
-        dataset: [(dataset, runs, method) for method in dict.fromkeys(method for method, _ in runs)]
+        dataset: [
+            (dataset, runs, method)
+            for method in dict.fromkeys(method for method, _ in runs)
+            if any(len(runs.get((method, arm), {})) > 2 for arm in MAIN)
+        ]
         for dataset, runs in everything.items()
     }
     if options.figures and len(everything) > 1:
