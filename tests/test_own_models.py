@@ -497,6 +497,84 @@ def test_a_dropout_is_no_reason_to_refuse():
     assert torch.isfinite(wrap(Dropped()).training_step(batch(), 0))
 
 
+class Skipping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return x if torch.rand(()) < 0.5 else x + self.layer(x)
+
+
+class SkippedLayer(SimSiam):
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(Skipping(), *conv())
+
+
+class BySize(SimSiam):
+    """Small crops have a stem of their own, which only they train."""
+
+    def __init__(self):
+        super().__init__()
+        self.small = conv()
+
+    def both(self, x):
+        z = self.projection_head((self.backbone if x.shape[-1] > 20 else self.small)(x).flatten(1))
+        return z, self.prediction_head(z)
+
+
+class HalfHeads(SimSiam):
+    def training_step(self, batch, batch_idx):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().training_step(batch, batch_idx)
+
+
+class MoreInTheBatch(SimSiam):
+    def training_step(self, batch, batch_idx):
+        x0, x1 = batch[0]
+        _, p = self.both(torch.cat([x0, x1, 0.5 * (x0 + x1)]))
+        z0, z1 = (self.both(x)[0].detach() for x in (x0, x1))
+        p0, p1, _ = p.chunk(3)
+        return 0.5 * (self.criterion(p0, z1) + self.criterion(p1, z0))
+
+
+class CheckpointedBackbone(SimSiam):
+    def training_step(self, batch, batch_idx):
+        def both(x):
+            h = checkpoint(self.backbone, x.detach().requires_grad_(), use_reentrant=True)
+            z = self.projection_head(h.flatten(1))
+            return z, self.prediction_head(z)
+
+        (z0, p0), (z1, p1) = map(both, batch[0])
+        return 0.5 * (self.criterion(p0, z1.detach()) + self.criterion(p1, z0.detach()))
+
+
+class KeepsItself(SimSiam):
+    def __init__(self):
+        super().__init__()
+        self.criterion.kept = []
+        self.criterion.kept.append(self.criterion.kept)
+        self.criterion.register_buffer("sparse", torch.eye(3).to_sparse())
+
+
+class AnyArguments(SimSiam):
+    def training_step(self, *args, **kwargs):
+        batch, batch_idx = args
+        return super().training_step(batch, batch_idx, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "model", [SkippedLayer, BySize, HalfHeads, MoreInTheBatch, CheckpointedBackbone, KeepsItself, AnyArguments]
+)
+def test_no_reason_to_refuse(model):
+    for seed in range(4):
+        torch.manual_seed(seed)
+        made = wrap(model())
+        for _ in range(3):
+            assert torch.isfinite(made.training_step(batch(), 0))
+
+
 def test_the_look_at_global_crops_changes_nothing():
     """Neither BatchNorm's running statistics nor the random numbers: two steps are as if it had not been."""
 
