@@ -68,6 +68,7 @@ STAGES = [
     ("imagenette", "moco-both", ["cosine, fading"], [3, 4, 5, 6], 11),
     ("imagenette", "moco-both", ["cosine, fading"], [3, 4, 5, 6], 60),
     ("imagenette", "byol", ["cosine, fading"], [3, 4, 5, 6], 11),
+    ("imagenette", "byol", ["cosine, fading"], [0, 1, 2], 60),
     ("collages", "moco-both", [*MAIN[:3], "cosine"], [3, 4, 5], 11),
     ("imagenette", "simsiam", CHOOSERS, [0, 1, 2], 11),
     ("imagenette", "simsiam", MAIN[:3], [3, 4, 5], 11),
