@@ -105,11 +105,11 @@ def _kind(criterion: nn.Module, heads: Heads) -> str | None:
         if not is_symmetric(loss, first, second):
             return None
         with torch.no_grad():
-            unit = loss(F.normalize(first, dim=1), F.normalize(second, dim=1))
-            if not (lightlys or torch.allclose(unit, loss(first, second), rtol=1e-3)):
+            whole, unit = loss(first, second), loss(F.normalize(first, dim=1), F.normalize(second, dim=1))
+            if not (lightlys or torch.allclose(unit, whole, rtol=1e-3)):
                 return None  # the loop may normalise, or not
             halves = (loss(first[:4], second[:4]) + loss(first[4:], second[4:])) / 2
-            return "similarity" if torch.allclose(halves, loss(first, second), rtol=1e-3) else "contrast"
+            return "similarity" if torch.allclose(halves, whole, rtol=1e-3) else "contrast"
     except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return None
 

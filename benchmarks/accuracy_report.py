@@ -226,7 +226,7 @@ def course(runs):
     for (method, arm), of_seeds in runs.items():
         base = runs.get((method, "multi-crop"), {})
         pairs = [(dict(of_seeds[s]["curve"]), dict(base[s]["curve"])) for s in sorted(of_seeds.keys() & base.keys())]
-        if arm in ("LoGo", "cosine", "cosine, fading", "release") and pairs:
+        if (arm, "multi-crop") in PAIRS and pairs:
             found[method, f"{arm} minus multi-crop"] = pairs
     curves = [set(curve) for pairs in found.values() for pair in pairs for curve in pair]
     epochs = sorted(set.intersection(*curves)) if curves else []
@@ -368,12 +368,13 @@ def main():
         ]
         for dataset, runs in everything.items()
     }
-    if options.figures and len(everything) > 1:
-        (first, *_), (*_, last) = panels.values(), panels  # of the last data set one method stands for all
-        draw_curves([*first, panels.pop(last)[0]], options.figures / "accuracy_curves.png")
-        panels.pop(next(iter(panels)))
-    for dataset, of_dataset in panels.items() if options.figures else ():
-        draw_curves(of_dataset, options.figures / f"accuracy_curves_{dataset.replace(' ', '_')}.png")
+    if options.figures:
+        apart = list(panels)
+        if len(apart) > 1:
+            first, *apart, last = apart  # of the last data set one method stands for all
+            draw_curves([*panels[first], panels[last][0]], options.figures / "accuracy_curves.png")
+        for dataset in apart:
+            draw_curves(panels[dataset], options.figures / f"accuracy_curves_{dataset.replace(' ', '_')}.png")
     for dataset, runs in everything.items():
         methods = list(dict.fromkeys(method for method, _ in runs))
         text = {

@@ -242,7 +242,7 @@ class TestCosine:
         targets = []
         model.projection_head_momentum.register_forward_hook(lambda _, args, out: targets.append(out.detach()))
         model.training_step(batch(), 0)
-        local = torch.cat(seen[2:4]).split(6)  # then LoGo looks at global ones, once
+        local = torch.cat(seen[2:4]).split(6)  # then LoGo looks at global ones
         expected = torch.stack([-F.cosine_similarity(p, t).mean() for p in local for t in targets]).mean()
         torch.testing.assert_close(model.logo_terms.local_global, factor * expected)
 

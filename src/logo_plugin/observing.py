@@ -77,6 +77,11 @@ class Observed(NamedTuple):
     similarity: Similarity | list[Similarity]
     example: tuple[Tensor, Tensor, Tensor] | None = None
 
+    @property
+    def any_similarity(self) -> Similarity:
+        """The similarity, or the first of several."""
+        return self.similarity[0] if isinstance(self.similarity, list) else self.similarity
+
 
 @contextmanager
 def watch(criterion: nn.Module) -> Iterator[Watched]:
@@ -191,21 +196,18 @@ def read(
             f"{name} was called both with and without targets that carry gradient. Use LoGoLoss directly."
         )
     targets = {id(target): (target, part.similarity) for part in parts for target in part.targets}
-    similarity: Similarity | list[Similarity] = parts[-1].similarity
-    example = None
+    similarities, example = [parts[-1].similarity], None
     if used[-1][1].negatives is not None:
         temperature = getattr(criterion, "temperature", None)
         if temperature is None:
             raise RuntimeError(f"{name} has a memory bank but no temperature, so its InfoNCE cannot be repeated.")
-        similarity = partial(info_nce, queue=watched.calls[0].negatives, temperature=temperature)
+        similarities = [partial(info_nce, queue=watched.calls[0].negatives, temperature=temperature)]
         example = parts[0].preds[0].detach(), parts[0].targets[-1], used[0][1].value.detach()
     else:
         if any(part.others != parts[0].others for part in parts):  # a margin, say, that is another in each call
-            similarity = [of_target for _, of_target in targets.values()]
+            similarities = [similarity for _, similarity in targets.values()]
         if watched.stateful():
-            each = similarity if isinstance(similarity, list) else [similarity]
-            each = [on_a_copy(criterion, one, name) for one in each]
-            similarity = each if isinstance(similarity, list) else each[0]
+            similarities = [on_a_copy(criterion, similarity, name) for similarity in similarities]
     weighed = torch.stack([weight for weight, _ in used])
     found = torch.stack([call.value for _, call in used])
     scale = weighed.sum()
@@ -217,7 +219,7 @@ def read(
         [pred for part in parts for pred in part.preds],
         parts[0].mutual,
         [target for target, _ in targets.values()],
-        similarity,
+        similarities if len(similarities) > 1 else similarities[0],
         example,
     )
 

@@ -36,6 +36,11 @@ class Heads(NamedTuple):
         return [self.projector] if self.predictor is None else [self.projector, self.predictor]
 
     @property
+    def trained(self) -> bool:
+        """Whether anything trains the projector, unlike a teacher's."""
+        return any(parameter.requires_grad for parameter in self.projector.parameters())
+
+    @property
     def names(self) -> list[str]:
         """What the owner calls them."""
         return [name for name, child in self.owner.named_children() if child in self.modules]
@@ -65,9 +70,9 @@ def find_heads(model: nn.Module, names: Names, projector: str | None = None) -> 
                 predictors = (getattr(owner, n, None) for n in names.predictor)
                 predictor = next((p for p in predictors if isinstance(p, nn.Module)), None)
                 heads = Heads(owner, head, predictor)
-                if any(parameter.requires_grad for parameter in heads.projector.parameters()):
+                if heads.trained:
                     return heads
-                first = first or heads  # a teacher's, which nothing trains, if there are others
+                first = first or heads
     if first is not None:
         return first
     raise ValueError(
@@ -128,7 +133,7 @@ def source_of(pred: Tensor, outputs: Outputs, heads: Heads) -> Source | None:
     """
     given = _plain(pred)
     for head in reversed(heads.modules):
-        if _is_sum(pred) and not any(pred is out for out in outputs.get(head, [])):
+        if _is_sum(pred) and not _is_output(pred, head, outputs):
             continue  # z + h(z) may be z before h has learned anything
         outs = [out for out in outputs.get(head, []) if out.ndim == 2]
         blocks = [_plain(block).to(given.dtype) for out in outs for block in torch.split(out, len(pred))]
@@ -137,6 +142,14 @@ def source_of(pred: Tensor, outputs: Outputs, heads: Heads) -> Source | None:
             if any(_is_close(given, b) for b in known):
                 return Source(head is heads.predictor, normalized)
     return None
+
+
+def origin_of(pred: Tensor, outputs: Outputs, heads: Heads) -> str:
+    """Which head gave a prediction as it is, else what made it of something; without a look at the values."""
+    for head, name in zip(heads.modules, ("projector", "predictor"), strict=False):
+        if _is_output(pred, head, outputs):
+            return name
+    return type(pred.grad_fn).__name__
 
 
 @eager_frame
@@ -242,6 +255,10 @@ def _predictions(
             f"({len(batch)}, {features or 'D'}). Name the method from images to predictions with online=."
         )
     return torch.split(pred, rows)
+
+
+def _is_output(x: Tensor, head: nn.Module, outputs: Outputs) -> bool:
+    return any(x is out for out in outputs.get(head, []))
 
 
 def _is_sum(x: Tensor) -> bool:

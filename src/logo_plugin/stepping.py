@@ -1,7 +1,8 @@
 """One training step with LoGo: the host's on the global crops, watched, then the local crops and LoGo's terms.
 
 batch -> views -> host's step (watched) -> local crops forwarded -> `LoGoLoss.extend` -> loss. A wrong target would come
-from `LoGoModel.watch_step`, a wrong prediction from `_source` below. No host is named here.
+from `LoGoModel.watch_step`, a wrong prediction from `_source` below, and `check_online` looks for both. No host is
+named here.
 """
 
 import warnings
@@ -10,26 +11,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from logo_plugin.compiling import eager, eager_frame, gradients_inside
+from logo_plugin.compiling import eager_frame, gradients_inside
 from logo_plugin.crops import CropBoxes, crop_overlap
 from logo_plugin.local_predictor import join_groups
 from logo_plugin.losses import LoGoTerms
-from logo_plugin.modes import kept_statistics
 from logo_plugin.observing import Observed, is_symmetric
-from logo_plugin.online import (
-    Heads,
-    Method,
-    Outputs,
-    Source,
-    leaves_of,
-    outputs_of,
-    run_online,
-    source_of,
-)
+from logo_plugin.online import Heads, Method, Outputs, Source, origin_of, outputs_of, run_online, source_of
 from logo_plugin.recomputing import local_forwards
+from logo_plugin.verifying import check_online
 from logo_plugin.wrapped import LoGoModel, resolve
 
 
@@ -90,13 +81,14 @@ def _logo_step(
     if observed is None:
         return out, None
     # How predictions come from the heads may change with the epoch: then it is looked up anew.
-    kind = (observed.mutual, *(_origin(pred, ran, heads) for pred in observed.preds))
+    kind = (observed.mutual, *(origin_of(pred, ran, heads) for pred in observed.preds))
     new = kind not in model._logo_sources
     source = _source(model, observed, ran, heads) if new else model._logo_sources[kind]
     targets = observed.targets
     if settings.target:
         with torch.no_grad():
             targets = [_call_option(model, "target", view) for view in global_views]
+    methods = methods_of(model, heads)
     with local_forwards(
         model,
         model.find_backbone(heads),
@@ -104,7 +96,7 @@ def _logo_step(
         running_stats=settings.local_running_stats,
     ):
         method, local_pred, local_proj = run_online(
-            methods_of(model, heads),
+            methods,
             heads,
             source,
             local_views,
@@ -114,8 +106,8 @@ def _logo_step(
             concat=settings.concat_local_crops,
         )
     if new:
-        _check_online(model, method, heads, source, global_views, observed, ran)
-        if model.logo.affinity is not None and _trained(heads) and not all(z.requires_grad for z in local_proj):
+        check_online(model, methods, method, heads, source, global_views, observed, ran)
+        if model.logo.affinity is not None and heads.trained and not all(z.requires_grad for z in local_proj):
             raise RuntimeError(
                 f"{method} of {name} gives projections of local crops without gradient, so nothing could repel them. "
                 "torch.utils.checkpoint needs use_reentrant=False; or give affinity=None."
@@ -180,91 +172,6 @@ def methods_of(model: LoGoModel, heads: Heads) -> list[tuple[str, Method]]:
     return [method for method in methods if method[0] == found] or methods
 
 
-def _origin(pred: Tensor, ran: Outputs, heads: Heads) -> str:
-    """Which head gave a prediction as it is, else what made it of something; without a look at the values."""
-    for head, name in zip(heads.modules, ("projector", "predictor"), strict=False):
-        if any(pred is out for out in ran.get(head, [])):
-            return name
-    return type(pred.grad_fn).__name__
-
-
-def _trained(heads: Heads) -> bool:
-    return any(parameter.requires_grad for parameter in heads.projector.parameters())
-
-
-@eager
-def _check_online(
-    model: LoGoModel,
-    method: str,
-    heads: Heads,
-    source: Source | None,
-    global_views: list[Tensor],
-    observed: Observed,
-    ran: Outputs,
-) -> None:
-    """RuntimeError unless what runs local crops gives for global ones what the step gave, and trains what it trains.
-
-    A network that draws random numbers has nothing to compare, nor has BatchNorm where other images are in the batch.
-    All ranks do the same, whatever they find.
-    """
-    methods, (rows, features) = methods_of(model, heads), observed.preds[0].shape
-    images, seen = len(global_views[0]), [out for outs in ran.values() for out in outs]
-    at_once = {len(out) / images for out in seen}
-    half = torch.is_autocast_enabled(global_views[0].device.type) or any(x.dtype.itemsize < 4 for x in seen)
-
-    def run(views: Sequence[Tensor]) -> Tensor:
-        return torch.cat(run_online(methods, heads, source, views, features=features)[1])
-
-    def batched(count: int) -> list[Tensor]:
-        return [torch.cat(global_views[k : k + count]) for k in range(0, len(global_views), count)]
-
-    def near(pred: Tensor, part: Tensor) -> bool:
-        pred, part = pred.detach().float(), part.float()
-        return pred.shape == part.shape and float((pred - part).norm()) <= (0.1 if half else 0.05) * float(part.norm())
-
-    devices = [global_views[0].device] if global_views[0].is_cuda else []
-    with torch.random.fork_rng(devices), kept_statistics(model, every=True):
-        with torch.no_grad():
-            before = _random_state(devices)
-            found = [run(global_views), run(global_views)]
-            drawn = before != _random_state(devices) or not near(*found)
-            usual = at_once <= {*range(1, len(global_views) + 1)}
-            found += [run(batched(int(count))) for count in sorted(at_once - {1})] if usual else []
-        reached = leaves_of([run([global_views[0][:2]])])
-    if drawn or not usual:
-        return
-    parts = [part for whole in found for part in torch.split(whole, rows)]
-    same = any(near(pred, part) for pred in observed.preds for part in parts)
-    if not same and source is None and not observed.mutual:
-        repeat: Any = observed.similarity[0] if isinstance(observed.similarity, list) else observed.similarity
-        pred, target = observed.preds[0].detach(), observed.targets[0]
-        with torch.no_grad():  # lengths may be nothing to the criterion
-            blind = torch.allclose(repeat(F.normalize(pred, dim=1), target), repeat(pred, target), rtol=1e-2, atol=1e-3)
-        same = blind and any(near(F.normalize(p, dim=1), F.normalize(q, dim=1)) for p in observed.preds for q in parts)
-    cure = "name with online= a method from images to what the criterion is given."
-    if not same:
-        raise RuntimeError(
-            f"the step of {type(model).__name__} gives the criterion something else for global crops than {method}, "
-            "which LoGo forwards local crops with. What the step itself does to images or features is not in it: "
-            f"{cure}"
-        )
-    trained = leaves_of(observed.preds)
-    if reached is None or trained is None:
-        return
-    own = {id(p): n for n, p in model.named_parameters() if not n.startswith("logo")}
-    more = sorted(own[p] for p in (reached - trained) & own.keys())
-    if more:
-        raise RuntimeError(
-            f"local crops would train {', '.join(more[:3])}{' and others' * (len(more) > 3)} of "
-            f"{type(model).__name__}, which its own step does not train with this loss (no_grad, detach): {cure}"
-        )
-
-
-def _random_state(devices: Sequence[torch.device]) -> list[list[int]]:
-    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
-    return [state.tolist() for state in states]
-
-
 def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads) -> Source | None:
     """Where the predictions come from, as this step showed, or an error: without that no local ones can be had."""
     settings = model.logo_settings
@@ -272,7 +179,7 @@ def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads) ->
     name = f"{criterion}{type(model).__name__}"
     if observed.example is not None:
         pred, target, value = observed.example
-        repeated = observed.similarity(pred, target)  # type: ignore[operator]
+        repeated = observed.any_similarity(pred, target)
         if not torch.allclose(repeated.float(), value.float(), rtol=1e-2, atol=1e-3):
             raise RuntimeError(
                 f"{name} has a memory bank and gave {float(value):.4g} where InfoNCE with the bank as negatives gives "
@@ -293,8 +200,7 @@ def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads) ->
                 "which side it makes a prediction of. Put the layers into the model, as its predictor."
             )
         likely = len(set(sources)) == 1 or settings.target is not None
-        repeat: Any = observed.similarity[0] if isinstance(observed.similarity, list) else observed.similarity
-        if not likely or not is_symmetric(repeat, *(pred.detach() for pred in observed.preds[:2])):
+        if not likely or not is_symmetric(observed.any_similarity, *(pred.detach() for pred in observed.preds[:2])):
             raise RuntimeError(
                 f"{name} was called with two tensors that both carry gradient and do not play the same part, so LoGo "
                 "cannot tell the prediction from the target. Detach the target before the criterion, or name the "

@@ -1,0 +1,95 @@
+"""Whether local crops go the way that the host's step sends global ones. No host is named here."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from logo_plugin.compiling import eager
+from logo_plugin.modes import kept_statistics
+from logo_plugin.observing import Observed
+from logo_plugin.online import Heads, Method, Outputs, Source, leaves_of, run_online
+
+
+@eager
+def check_online(
+    model: nn.Module,
+    methods: Sequence[tuple[str, Method]],
+    method: str,
+    heads: Heads,
+    source: Source | None,
+    global_views: list[Tensor],
+    observed: Observed,
+    ran: Outputs,
+) -> None:
+    """RuntimeError unless what runs local crops gives for global ones what the step gave, and trains what it trains.
+
+    A network that draws random numbers has nothing to compare, nor has BatchNorm where other images are in the batch.
+    All ranks do the same, whatever they find.
+
+    Args:
+        model: The wrapped model.
+        methods: As in `run_online`.
+        method: Which of them ran local crops.
+        heads: The model's.
+        source: As in `run_online`.
+        global_views: The global crops of the step, (N, C, H, W) each.
+        observed: What the step gave its criterion.
+        ran: What the heads gave in the step.
+    """
+    rows, features = observed.preds[0].shape
+    images, seen = len(global_views[0]), [out for outs in ran.values() for out in outs]
+    at_once = {len(out) / images for out in seen}
+    half = torch.is_autocast_enabled(global_views[0].device.type) or any(x.dtype.itemsize < 4 for x in seen)
+
+    def run(views: Sequence[Tensor]) -> Tensor:
+        return torch.cat(run_online(methods, heads, source, views, features=features)[1])
+
+    def batched(count: int) -> list[Tensor]:
+        return [torch.cat(global_views[k : k + count]) for k in range(0, len(global_views), count)]
+
+    def near(pred: Tensor, part: Tensor) -> bool:
+        pred, part = pred.detach().float(), part.float()
+        return pred.shape == part.shape and float((pred - part).norm()) <= (0.1 if half else 0.05) * float(part.norm())
+
+    devices = [global_views[0].device] if global_views[0].is_cuda else []
+    with torch.random.fork_rng(devices), kept_statistics(model, every=True):
+        with torch.no_grad():
+            before = _random_state(devices)
+            found = [run(global_views), run(global_views)]
+            drawn = before != _random_state(devices) or not near(*found)
+            usual = at_once <= {*range(1, len(global_views) + 1)}
+            found += [run(batched(int(count))) for count in sorted(at_once - {1})] if usual else []
+        reached = leaves_of([run([global_views[0][:2]])])
+    if drawn or not usual:
+        return
+    parts = [part for whole in found for part in torch.split(whole, rows)]
+    same = any(near(pred, part) for pred in observed.preds for part in parts)
+    if not same and source is None and not observed.mutual:
+        repeat, pred, target = observed.any_similarity, observed.preds[0].detach(), observed.targets[0]
+        with torch.no_grad():  # lengths may be nothing to the criterion
+            blind = torch.allclose(repeat(F.normalize(pred, dim=1), target), repeat(pred, target), rtol=1e-2, atol=1e-3)
+        same = blind and any(near(F.normalize(p, dim=1), F.normalize(q, dim=1)) for p in observed.preds for q in parts)
+    cure = "name with online= a method from images to what the criterion is given."
+    if not same:
+        raise RuntimeError(
+            f"the step of {type(model).__name__} gives the criterion something else for global crops than {method}, "
+            "which LoGo forwards local crops with. What the step itself does to images or features is not in it: "
+            f"{cure}"
+        )
+    trained = leaves_of(observed.preds)
+    if reached is None or trained is None:
+        return
+    own = {id(p): n for n, p in model.named_parameters() if not n.startswith("logo")}
+    more = sorted(own[p] for p in (reached - trained) & own.keys())
+    if more:
+        raise RuntimeError(
+            f"local crops would train {', '.join(more[:3])}{' and others' * (len(more) > 3)} of "
+            f"{type(model).__name__}, which its own step does not train with this loss (no_grad, detach): {cure}"
+        )
+
+
+def _random_state(devices: Sequence[torch.device]) -> list[list[int]]:
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+    return [state.tolist() for state in states]
