@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from torch import nn
 
 import logo_plugin
@@ -60,6 +61,22 @@ def test_all_public_names_can_be_had_without_lightning():
 def test_wrap_takes_modules_only(x):
     with pytest.raises(TypeError, match=r"wrap\(\) expects a torch.nn.Module"):
         wrap(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("small", [64, 64, 32]), ("imagenet", [224, 224, 96]), ("stl10", [96] * 3)]
+)
+def test_overlays_of_photographs_differ_in_size_only(name, sizes):
+    """logo_imagenet and logo_stl10 leave mean and std to solo-learn, which knows the data sets."""
+    folder = Path(logo_plugin.__file__).parent / "conf" / "augmentations"
+    custom, other = (OmegaConf.to_container(OmegaConf.load(folder / f"logo_{it}.yaml")) for it in ("custom", name))
+    crops = logo_plugin.MultiCropCollate()
+    assert [(tuple(crop.pop("mean")), tuple(crop.pop("std"))) for crop in custom] == [(crops.mean, crops.std)] * 3
+    if name == "small":
+        assert [(tuple(crop.pop("mean")), tuple(crop.pop("std"))) for crop in other] == [(crops.mean, crops.std)] * 3
+    found = [crop.pop("crop_size") for crop in other]
+    assert [size[0] if isinstance(size, list) else size for size in found] == sizes
+    assert other == [{key: value for key, value in crop.items() if key != "crop_size"} for crop in custom]
 
 
 def test_one_version_of_ruff():
