@@ -69,10 +69,12 @@ STAGES = [
     ("imagenette", "moco-both", ["cosine, fading"], [3, 4, 5, 6], 60),
     ("imagenette", "byol", ["cosine, fading"], [3, 4, 5, 6], 11),
     ("imagenette", "byol", ["cosine, fading"], [0, 1, 2], 60),
+    ("imagenette", "moco-both", ["cosine, fading"], [0], 60),
+    # It ends above multi-crop in the first six pairs: more of them.
+    ("imagenette", "byol", ["multi-crop", "cosine, fading"], [3, 4], 60),
     ("collages", "moco-both", [*MAIN[:3], "cosine"], [3, 4, 5], 11),
     ("imagenette", "simsiam", CHOOSERS, [0, 1, 2], 11),
     ("imagenette", "simsiam", MAIN[:3], [3, 4, 5], 11),
-    ("imagenette", "moco-both", ["cosine, fading"], [0], 60),
     ("imagenette", "byol", ["cosine"], [0, 1, 2], 60),
     ("imagenette", "moco-both", ["lambda 1e-05"], [0, 3, 4], 60),
     ("imagenette", "moco-both", [*MAIN[3:], *KEY], [3, 4, 5], 11),
