@@ -42,7 +42,9 @@ class LoGoLearner(nn.Module):
         method: "byol", "simsiam" or "moco".
         image_size: Sides of the global and local crops, one of each forwarded here in eval mode to find F.
         global_crops: How many of the views are global; they come first.
-        affinity: "auto" builds `Affinity(output_dim)`; a module; "cosine" (`LoGoLoss`); or None for plain multi-crop.
+        affinity: "cosine" (`LoGoLoss`); "learned" builds the paper's `Affinity(output_dim)`; a module; or None for
+            plain multi-crop. With "cosine" the loop calls `learner.criterion.anneal(steps done / steps in all)` before
+            each step, unless `anneal_repulsion=False`.
         checkpoint_local_crops: Compute what the backbone keeps of local crops again in backward, instead of
             keeping it: memory of the global crops alone, time of one forward more per local crop.
         local_running_stats: Whether local crops move BatchNorm's running statistics, which evaluation reads.
@@ -64,7 +66,7 @@ class LoGoLearner(nn.Module):
         *,
         image_size: Sequence[int] = (224, 96),
         global_crops: int = 2,
-        affinity: nn.Module | str | None = "auto",
+        affinity: nn.Module | str | None = "cosine",
         checkpoint_local_crops: bool = False,
         local_running_stats: bool = True,
         **options: Any,
@@ -99,7 +101,7 @@ class LoGoLearner(nn.Module):
         self.queue: Tensor | None
         self.register_buffer("queue", F.normalize(torch.randn(width, chosen["queue_size"]), dim=0) if moco else None)
         self.criterion = LoGoLoss(
-            affinity=Affinity(width) if affinity == "auto" else affinity,  # type: ignore[arg-type]
+            affinity=Affinity(width) if affinity == "learned" else affinity,  # type: ignore[arg-type]
             similarity=info_nce if moco else "cosine",
             **options,
         )

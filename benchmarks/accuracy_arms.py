@@ -27,9 +27,10 @@ class UnitAffinity(Affinity):
         return super().forward(F.normalize(first, dim=-1), F.normalize(second, dim=-1))
 
 
-# arm: (options of wrap or None for two crops, options of the run: crops, equal compute, factors of the lr, fade, ...).
+# arm: (options of wrap or None for two crops, options of the run: crops, equal compute, factors of the lr, ...).
 # An affinity is given as what makes it, so that the run's seed initialises it; 128 is the projector's width.
 # "compute" trains for as many epochs as make the run cost what multi-crop 2 + 2 costs, in passes weighted by pixels.
+LEARNED = {"affinity": "learned"}
 TWO_CROPS = {"local_crops": 0, "global_scale": (0.2, 1.0)}
 ARMS = {
     "2 crops": (None, {"crops": TWO_CROPS}),
@@ -38,17 +39,17 @@ ARMS = {
     # 1.33 x a 2-crop step, the making of the crops included.
     "2 crops, equal seconds": (None, {"crops": TWO_CROPS, "longer": 4 / 3}),
     "multi-crop": ({"affinity": None}, {}),
-    "LoGo": ({"local_weight": 1e-4}, {}),
-    "LoGo, ratio 0.1": ({"gradient_ratio": 0.1}, {}),
+    "LoGo": ({**LEARNED, "local_weight": 1e-4}, {}),
+    "LoGo, ratio 0.1": ({**LEARNED, "gradient_ratio": 0.1}, {}),
 }
 for weight in (1e-5, 1e-3, 1e-2, 1e-1, 1.0):
-    ARMS[f"lambda {weight:g}"] = ({"local_weight": weight}, {})
+    ARMS[f"lambda {weight:g}"] = ({**LEARNED, "local_weight": weight}, {})
 for ratio in (0.005, 0.015, 0.05, 0.3):
-    ARMS[f"ratio {ratio:g}"] = ({"gradient_ratio": ratio}, {})
+    ARMS[f"ratio {ratio:g}"] = ({**LEARNED, "gradient_ratio": ratio}, {})
 
 # One factor at a time, at a repulsion that is strong enough for the factor to show.
-STRONG = {"gradient_ratio": 0.1}
-COSINE = {"affinity": "cosine"}
+STRONG = {**LEARNED, "gradient_ratio": 0.1}
+COSINE = {"affinity": "cosine", "anneal_repulsion": False}
 LAYER = {"affinity": partial(Affinity, 128, norm="layer")}
 # The tiny network's features are 128 wide, too. MoCo has no predictor, so with another module than its projection head
 # named as the projector LoGo must be told what makes its predictions; for BYOL, which has one, it changes nothing.
@@ -60,7 +61,7 @@ ARMS |= {
     "layer norm, unit z": ({**STRONG, "affinity": partial(UnitAffinity, 128, norm="layer")}, {}),
     "logit": ({**STRONG, "repulsion": "logit"}, {}),
     "cosine": ({**STRONG, **COSINE}, {}),
-    "cosine, fading": ({**STRONG, **COSINE}, {"fade": True}),  # to nothing, as the learning rate does
+    "cosine, fading": ({}, {}),  # the default: to nothing, as the learning rate does
     "attraction": ({**STRONG, "affinity": Attraction}, {}),
     "no noise": ({**STRONG, "positive_noise": 0.0}, {}),
     "noise 1": ({**STRONG, "positive_noise": 1.0}, {}),

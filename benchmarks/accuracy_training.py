@@ -1,6 +1,5 @@
 """How an arm is trained: the network, lightly's class wrapped by one line, the schedule, k-NN along the way."""
 
-import math
 import time
 
 import lightly_models
@@ -140,16 +139,6 @@ class Curve(Callback):
         self.state = state
 
 
-class Fade(Callback):
-    """Lets gradient_ratio fall to nothing by half a cosine over the training."""
-
-    def __init__(self, ratio, steps):
-        self.ratio, self.steps = ratio, steps
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        pl_module.logo.gradient_ratio = self.ratio * (1 + math.cos(math.pi * trainer.global_step / self.steps)) / 2
-
-
 def clock(model):
     if model.device.type == "cuda":
         torch.cuda.synchronize()
@@ -173,7 +162,6 @@ def fit(method, arm, seed, options, epochs, setting, images, train, test, folder
         persistent_workers=options.workers > 0,
     )
     model = build(method, arm, options, len(data), epochs).to(memory_format=torch.channels_last)
-    fade = [Fade(ARMS[arm][0]["gradient_ratio"], epochs * len(data))] if ARMS[arm][1].get("fade") else []
     curve = Curve(seed, options.every, epochs, setting, train, test)
     trainer = pl.Trainer(
         max_epochs=epochs,
@@ -183,7 +171,7 @@ def fit(method, arm, seed, options, epochs, setting, images, train, test, folder
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[*fade, curve, ModelCheckpoint(folder, "last", enable_version_counter=False)],
+        callbacks=[curve, ModelCheckpoint(folder, "last", enable_version_counter=False)],
     )
     last = folder / "last.ckpt"
     trainer.fit(model, data, ckpt_path=last if last.exists() else None, weights_only=False)

@@ -49,6 +49,7 @@ class Run:
     def add_logo(self, options: dict[str, Any]) -> None:
         self.own_class = type(self.model)
         self.names["model"] = wrap(self.model, **options)
+        self.model.logo.anneal(0.0)  # a loop's, whose length the file does not say; a Trainer says its own
         if self.model.logo.affinity is not None:
             self.affinity_before = [p.detach().clone() for p in self.model.logo.affinity.parameters()]
 

@@ -1,6 +1,7 @@
 """Models in the styles that lightly's users copy, small, on lightly's own heads and losses."""
 
 import copy
+import functools
 
 import pytorch_lightning as pl
 import torch
@@ -25,6 +26,11 @@ from lightly.models.modules import (
 from lightly.models.utils import batch_shuffle, batch_unshuffle, deactivate_requires_grad, update_momentum
 from lightly.utils.benchmarking import OnlineLinearClassifier
 from torch import nn
+
+from logo_plugin import wrap
+
+# With the paper's affinity, whose parameters and random numbers the tests follow; the default has tests of its own.
+wrap_learned = functools.partial(wrap, affinity="learned")
 
 
 def small_backbone():

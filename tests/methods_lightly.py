@@ -129,6 +129,12 @@ def examine(name: str) -> Result:
             raise RuntimeError(f"{path} does not run without LoGo") from host.error
         trained = run(options, global_crops)
         problems += differences(at_zero, host) + training_problems(trained, host, global_crops)
+        learned = run({**options, "affinity": "learned"}, global_crops)
+        problems += training_problems(learned, host, global_crops)
+        if learned.error is None:
+            now = learned.model.logo.affinity.parameters()
+            if all(map(torch.equal, now, learned.affinity_before)):
+                problems.append("the affinity does not learn")
         local_global = trained.terms[0].local_global if trained.terms else None
         given = ", ".join("`step=`" if value is STEP else f"`{key}={value!r}`" for key, value in options.items())
         verdict, remark = f"works with {given}" if given else "works", ""
@@ -153,9 +159,9 @@ def differences(at_zero: Run, host: Run) -> list[str]:
 
 
 def training_problems(run: Run, host: Run, global_crops: int) -> list[str]:
-    """Where a run with LoGo's defaults does not train as it should."""
+    """Where a run with LoGo does not train as it should."""
     if run.error:
-        return [f"with LoGo's defaults: {run.error!r}"]
+        return [f"with LoGo: {run.error!r}"]
     problems = []
     if len(run.terms) != STEPS or not all(bool(value.isfinite()) for terms in run.terms for value in terms):
         problems.append(f"terms {run.terms}")
@@ -171,9 +177,6 @@ def training_problems(run: Run, host: Run, global_crops: int) -> list[str]:
         problems.append(f"the gradient at the global crops is not the host's (cosine {cosine:.4f})")
     if reached := sorted(run.gradients[0].keys() - host.gradients[0].keys()):
         problems.append(f"gradient for {reached[:4]}, which have none without LoGo")
-    trained = [p.detach() for p in run.model.logo.affinity.parameters()]
-    if all(map(torch.equal, trained, run.affinity_before)):
-        problems.append("the affinity does not learn")
     return problems
 
 

@@ -24,7 +24,8 @@ def _host(name, filled=0):
 def _with_logo(name, filled=0, **options):
     """The classes without the forward that the benchmarks give them: LoGo brings it."""
     model = stable_hosts.method(name) if name in stable_hosts.CLASSES else stable_hosts.module(name)
-    return wrap(stable_hosts.with_queue(model, filled) if name == "nnclr" else model, **options)
+    model = stable_hosts.with_queue(model, filled) if name == "nnclr" else model
+    return wrap(model, **{"affinity": "learned"} | options)
 
 
 OF_ONE_RANK = ("byol", "BYOL", "SimSiam", "MoCov2")  # the losses of the others gather from all ranks
@@ -60,6 +61,7 @@ def rows():
     found = []
     for name, of in CASES.items():
         weights_at_zero(of)
+        assert torch.isfinite(step(of, seeded(of.build, affinity="cosine", anneal_repulsion=False), views())[0]), name
         loss, gradients = step(of, seeded(of.build), views())
         assert torch.isfinite(loss), name
         assert any(key.startswith("logo.affinity") for key in gradients), name

@@ -148,8 +148,10 @@ def test_backward_inside_autocast_stays_in_float32(crops):
 @pytest.mark.parametrize("options", [{}, {"gradient_ratio": 0.1}, {"affinity_loss": "difference"}])
 def test_a_whole_model_in_half_precision(method, options):
     net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
-    queue = {"queue_size": 16} if method == "moco" else {}
-    learner = LoGoLearner(net, method, image_size=(16, 12), hidden_dim=16, output_dim=8, **queue, **options)
+    queue = {"affinity": "learned"} | ({"queue_size": 16} if method == "moco" else {})
+    learner = LoGoLearner(
+        net, method, image_size=(16, 12), hidden_dim=16, output_dim=8, affinity="learned", **queue, **options
+    )
     learner.to(torch.bfloat16)
     for _ in range(2):
         loss = learner([torch.randn(4, 3, side, side, dtype=torch.bfloat16) for side in (16, 16, 12, 12)])

@@ -151,7 +151,7 @@ def test_dicts_by_their_keys():
 
 def test_a_learner_of_other_channels():
     net = timm.create_model("resnet18", num_classes=0, in_chans=5)
-    learner = LoGoLearner(net, "simsiam", image_size=(40, 24), hidden_dim=16, output_dim=8)
+    learner = LoGoLearner(net, "simsiam", image_size=(40, 24), hidden_dim=16, output_dim=8, affinity="learned")
     views, _ = MultiCropCollate(**options(5))([(picture(5), 0), (picture(5), 1)])
     assert learner(views).isfinite()
 

@@ -6,12 +6,13 @@ import hosts
 import pytest
 import pytorch_lightning as pl
 import torch
+from hosts import wrap_learned as wrap
 from photos import tiles
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
-from logo_plugin import LoGoMonitor, MultiCropCollate, wrap
+from logo_plugin import LoGoMonitor, MultiCropCollate
 
 
 class RanksAgree(pl.Callback):

@@ -14,6 +14,7 @@ import timm
 import torch
 import torchvision
 from hosts import BYOL, Momentum, SimSiam
+from hosts import wrap_learned as wrap
 from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead, SimSiamProjectionHead
 from photos import tiles
@@ -21,7 +22,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from logo_plugin import LoGoLearner, MultiCropCollate, wrap
+from logo_plugin import LoGoLearner, MultiCropCollate
 from logo_plugin.__main__ import main
 from logo_plugin.export import export_backbone
 
@@ -132,7 +133,7 @@ def test_nothing_is_lost_between_exported_and_left_out(run):
 @pytest.mark.parametrize("to", ["timm", "torchvision"])
 def test_learner(method, to, image):
     net = timm.create_model("resnet18", num_classes=0) if to == "timm" else headless()
-    learner = LoGoLearner(net, method, image_size=(32, 32), hidden_dim=16, output_dim=8)
+    learner = LoGoLearner(net, method, image_size=(32, 32), hidden_dim=16, output_dim=8, affinity="learned")
     found = export_backbone(learner, to, "resnet18")
     assert (found.path, found.by) == ("backbone", "name")
     names = {}

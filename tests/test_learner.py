@@ -32,7 +32,8 @@ def network():
 
 
 def build(method, **options):
-    return LoGoLearner(network(), method, **SMALL, **OWN[method], **options)
+    """With the paper's affinity, whose parameters and random numbers the tests follow, unless told."""
+    return LoGoLearner(network(), method, **{"affinity": "learned"} | SMALL | OWN[method] | options)
 
 
 class Longhand(LoGoLearner):
@@ -140,7 +141,7 @@ def test_the_queue_gets_the_keys_of_a_step_after_its_loss():
     torch.testing.assert_close(learner.terms.global_global, sum(values) / 2)
     learner.eval()(crops)
     assert torch.equal(learner.queue[:, 12:], queue[:, :20])
-    small = LoGoLearner(network(), "moco", **SMALL, queue_size=8)
+    small = LoGoLearner(network(), "moco", affinity="learned", **SMALL, queue_size=8)
     small(crops).backward()  # more keys than places
     assert small.queue.shape == (16, 8)
 
@@ -150,7 +151,7 @@ def test_construction_changes_nothing_in_the_network(method):
     net = network()
     net[1].eval()  # a BatchNorm that its owner froze
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    learner = LoGoLearner(net, method, **SMALL, **OWN[method])
+    learner = LoGoLearner(net, method, affinity="learned", **SMALL, **OWN[method])
     assert learner.backbone is net
     assert net.training
     assert not net[1].training
@@ -162,7 +163,7 @@ def test_construction_changes_nothing_in_the_network(method):
 
 
 def test_crops_that_the_device_finishes():
-    learner = LoGoLearner(network(), "moco", **SMALL, queue_size=8)
+    learner = LoGoLearner(network(), "moco", affinity="learned", **SMALL, queue_size=8)
     (crops, _) = MultiCropCollate.cifar10(defer="augment")(tiles(4))
     with pytest.raises(TypeError, match=r"batch\[0\]\.to\(device\)"):
         learner(crops)
@@ -170,7 +171,7 @@ def test_crops_that_the_device_finishes():
 
 
 def test_views_that_are_none_or_too_few():
-    learner = LoGoLearner(network(), **SMALL)
+    learner = LoGoLearner(network(), affinity="learned", **SMALL)
     with pytest.raises(TypeError, match=r"LoGoLearner takes a list of views .*got \[list, Tensor\].*batch\[0\]"):
         learner(MultiCropCollate.cifar10()(tiles(4)))
     with pytest.raises(ValueError, match=r"got 2 views, of which 2 are global.*MultiCropCollate.*affinity=None"):
@@ -180,7 +181,7 @@ def test_views_that_are_none_or_too_few():
 
 def test_bfloat16_and_a_compiled_backbone():
     net = torch.compile(network(), backend="eager")
-    learner = LoGoLearner(net, "moco", **SMALL, **OWN["moco"])
+    learner = LoGoLearner(net, "moco", affinity="learned", **SMALL, **OWN["moco"])
     with torch.autocast("cpu", torch.bfloat16):
         loss = learner(views())
     loss.backward()

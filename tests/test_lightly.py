@@ -12,13 +12,13 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from adapter_contract import CHECKS, AdapterCase, check_two_ranks
+from hosts import wrap_learned as wrap
 from lightly.loss import NegativeCosineSimilarity, NTXentLoss
 from photos import tiles
 from torch import nn
 from torch.utils.data import DataLoader
 
-import logo_plugin
-from logo_plugin import Affinity, LoGoLoss, MultiCropCollate, wrap
+from logo_plugin import Affinity, LoGoLoss, MultiCropCollate
 from logo_plugin.crops import crop_overlap
 
 pytestmark = [
@@ -549,9 +549,9 @@ class TestPlainModules:
         with pytest.warns(UserWarning, match=r"build the optimizer after wrap\(model\)"):
             model(views)
 
-    @pytest.mark.parametrize("affinity", ["auto", "cosine"])
-    def test_is_quiet_when_it_learns_or_has_nothing_to_learn(self, affinity):
-        model = wrap(hosts.PlainSimSiam(), criterion=NegativeCosineSimilarity(), affinity=affinity)
+    @pytest.mark.parametrize("options", [{}, {"affinity": "cosine", "anneal_repulsion": False}])
+    def test_is_quiet_when_it_learns_or_has_nothing_to_learn(self, options):
+        model = wrap(hosts.PlainSimSiam(), criterion=NegativeCosineSimilarity(), **options)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         views = batch(n=2)[0]
         for _ in range(33):
@@ -781,4 +781,4 @@ class TestErrors:
 
 
 def test_wrap_is_the_adapters_wrap():
-    assert logo_plugin.wrap(hosts.BYOL(), global_crops=2).logo.affinity.dim == 16
+    assert wrap(hosts.BYOL(), global_crops=2).logo.affinity.dim == 16

@@ -313,12 +313,15 @@ class TestObjective:
             close(torch.cat(whole), torch.cat(pull) + weight * torch.cat(push))
 
     @pytest.mark.parametrize("crops", [2, 3])
+    @pytest.mark.parametrize("progress", [None, 0.0, 0.25, 1.0])
     @pytest.mark.parametrize("weight", [{}, {"gradient_ratio": 0.3}, {"local_weight": 0.7}])
-    def test_the_cosine_is_repelled_as_it_is(self, weight, crops):
+    def test_the_cosine_is_repelled_as_it_is(self, weight, progress, crops):
         _, arguments = encoder_outputs(locals_=crops)
         before = torch.get_rng_state()
-        criterion = LoGoLoss(affinity="cosine", **weight)
-        assert not [*criterion.parameters(), *criterion.buffers()]
+        criterion = LoGoLoss(affinity="cosine", **weight | ({"anneal_repulsion": False} if progress is None else {}))
+        assert not [*criterion.parameters(), *criterion.state_dict()]
+        criterion.anneal(progress or 0)
+        strength = 1 if progress is None else (1 + math.cos(math.pi * progress)) / 2
         terms, z = criterion(**arguments), arguments["local_proj"]
         assert torch.equal(torch.get_rng_state(), before)  # nothing is drawn: nothing is trained
         assert terms.affinity == 0
@@ -329,8 +332,36 @@ class TestObjective:
             torch.cat(torch.autograd.grad(term, z, retain_graph=True))
             for term in (fraction * terms.local_global, terms.local_local, terms.total)
         )
-        ratio = weight.get("gradient_ratio", 0.1)
-        close(whole, pull + weight.get("local_weight", min(1.0, float(ratio * pull.norm() / push.norm()))) * push)
+        ratio = strength * weight.get("gradient_ratio", 0.1)
+        fixed = strength * weight["local_weight"] if "local_weight" in weight else None
+        close(whole, pull + (min(1.0, float(ratio * pull.norm() / push.norm())) if fixed is None else fixed) * push)
+
+    @pytest.mark.parametrize("options", [{"affinity": "cosine"}, {"affinity": Affinity(8), "anneal_repulsion": True}])
+    def test_annealing_asks_how_far_the_training_is(self, options):
+        criterion, (_, arguments) = LoGoLoss(**options), encoder_outputs(dtype=torch.float32)
+        with torch.no_grad():
+            criterion(**arguments)  # nothing is trained, so nobody need know
+        with pytest.raises(
+            RuntimeError, match=r"anneal\(steps done / steps in all\).*anneal_repulsion=False.*affinity=None"
+        ):
+            criterion(**arguments)
+        criterion.anneal(1 / 3)
+        for copied in (criterion, copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion)), criterion.double()):
+            assert copied(**arguments).total.requires_grad
+        assert "_strength" not in criterion.state_dict()
+
+    @pytest.mark.parametrize("progress", [-0.1, 1.01, math.nan, True, "half", None])
+    def test_progress_is_a_share(self, progress):
+        with pytest.raises(ValueError, match=r"progress must be .* in \[0, 1\], got .*steps done / steps in all"):
+            LoGoLoss(affinity="cosine").anneal(progress)
+
+    def test_without_gradients_nothing_is_repelled(self):
+        """There is no gradient to take a ratio of."""
+        _, arguments = encoder_outputs()
+        with torch.no_grad():
+            terms, other = (LoGoLoss(affinity=affinity)(**arguments) for affinity in ("cosine", None))
+        assert terms.total == other.total
+        assert terms.local_local != 0
 
     def test_gradient_ratio_takes_a_stacked_projection(self):
         generator = torch.Generator().manual_seed(0)
@@ -536,6 +567,23 @@ class TestModule:
             torch.testing.assert_close(eager, fast)
 
     @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+    def test_annealing_compiles_once(self):
+        criterion = LoGoLoss(affinity="cosine", local_weight=0.5)
+        compiled, frames = copy.deepcopy(criterion), []
+
+        def backend(graph, inputs):
+            frames.append(graph)
+            return graph
+
+        fast = torch.compile(compiled, fullgraph=True, backend=backend)
+        _, arguments = encoder_outputs(dtype=torch.float32)
+        for progress in (0, 0.3, 0.7, 1):
+            criterion.anneal(progress)
+            compiled.anneal(progress)
+            torch.testing.assert_close(criterion(**arguments).total, fast(**arguments).total)
+        assert len(frames) == 1
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
     def test_gradient_ratio_compiles_with_a_graph_break(self):
         criterion = LoGoLoss(affinity=Affinity(8, 16), gradient_ratio=0.1)
         totals = []
@@ -603,8 +651,13 @@ def test_bad_input(changed, message):
         ({"average_targets": 1}, r"average_targets must be True or False, got 1"),
         ({"affinity": nn.Linear(4, 1)}, r"affinity must be a module such as Affinity\(dim\).*got Linear.*two tensors"),
         ({"affinity": 256}, r'affinity must be a module like Affinity\(dim\), "cosine" or None; .* got 256'),
-        ({"affinity": "cosin"}, r'"cosine" or None; of wrap and LoGoLearner also "auto": got \'cosin\''),
+        ({"affinity": "cosin"}, r'"cosine" or None; of wrap and LoGoLearner also "learned": got \'cosin\''),
         ({"affinity": "cosine", "repulsion": "relu"}, r"repulsion must be one of"),
+        (
+            {"affinity": "cosine", "positive_noise": 0.0},
+            r"positive_noise=0\.0: without effect beside the cosine.*learned",
+        ),
+        ({"anneal_repulsion": 1}, r"anneal_repulsion must be True or False, got 1"),
     ],
 )
 def test_bad_option(options, message):

@@ -10,13 +10,14 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
+from hosts import wrap_learned as wrap
 from lightly.loss import NegativeCosineSimilarity
 from lightning.pytorch.loggers import CSVLogger
 from photos import tiles
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from logo_plugin import LoGoMonitor, LoGoTerms, MultiCropCollate, diagnose, wrap
+from logo_plugin import LoGoMonitor, LoGoTerms, MultiCropCollate, diagnose
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_fabric.utilities.warnings.PossibleUserWarning"),

@@ -7,12 +7,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from hosts import wrap_learned as wrap
 from lightly.loss import NegativeCosineSimilarity, NTXentLoss, VICRegLoss
 from lightly.models.modules import NNMemoryBankModule
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-from logo_plugin import wrap
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_fabric.utilities.warnings.PossibleUserWarning"),

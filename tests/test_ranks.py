@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from adapter_contract import seeded, views
+from hosts import wrap_learned as wrap
 from lightly.loss import NegativeCosineSimilarity, NTXentLoss
 from test_learner import build
 from torch.nn.parallel import DistributedDataParallel
 
-from logo_plugin import Affinity, LoGoLoss, info_nce, wrap
+from logo_plugin import Affinity, LoGoLoss, info_nce
 
 try:
     from torch.distributed.fsdp import fully_shard

@@ -5,9 +5,10 @@ import copy
 import hosts
 import pytest
 import torch
+from hosts import wrap_learned as wrap
 from torch import nn
 
-from logo_plugin import LoGoLearner, wrap
+from logo_plugin import LoGoLearner
 
 
 def batch(locals_=2, n=6):
@@ -53,7 +54,7 @@ def test_it_trains_the_same_model(cls, options):
 
 @pytest.mark.parametrize("method", ["byol", "simsiam", "moco"])
 def test_learner(method):
-    sizes = {"hidden_dim": 24, "output_dim": 16, "image_size": (32, 24)}
+    sizes = {"hidden_dim": 24, "output_dim": 16, "image_size": (32, 24), "affinity": "learned"}
     sizes |= {"queue_size": 32} if method == "moco" else {"predictor_dim": 8}
     torch.manual_seed(0)
     plain = LoGoLearner(nn.Sequential(*hosts.small_backbone(), nn.Flatten()), method, **sizes)

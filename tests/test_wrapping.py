@@ -10,6 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from hosts import wrap_learned as wrap
 from lightly.loss import DINOLoss, MMCRLoss, NegativeCosineSimilarity, NTXentLoss, SwaVLoss, TiCoLoss, VICRegLoss
 from lightning_fabric import Fabric
 from photos import tiles
@@ -17,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel
 from torch.utils.data import DataLoader
 
-from logo_plugin import MultiCropCollate, wrap
+from logo_plugin import MultiCropCollate
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_fabric.utilities.warnings.PossibleUserWarning"),
@@ -441,7 +442,7 @@ class TestClasses:
 
     def test_every_option_is_in_the_signature(self):
         """help() and editors show them; LoGoLoss' options are all there."""
-        from logo_plugin import LoGoLoss
+        from logo_plugin import LoGoLoss, wrap
 
         names = inspect.signature(wrap).parameters.keys()
         assert inspect.signature(LoGoLoss).parameters.keys() - {"similarity"} <= names
@@ -465,7 +466,8 @@ class TestCosine:
 
     def test_repels_and_adds_nothing(self):
         host = hosts.BYOL()
-        plain, cosine = trained(host, batch(), affinity=None)[0], trained(host, batch(), affinity="cosine")[0]
+        options = {"affinity": None}, {"affinity": "cosine", "anneal_repulsion": False}
+        plain, cosine = (trained(host, batch(), **each)[0] for each in options)
         assert cosine.state_dict().keys() == host.state_dict().keys()
         cosine.load_state_dict(host.state_dict())
         ours, hosts_own = ([len(g["params"]) for g in m.configure_optimizers().param_groups] for m in (cosine, host))

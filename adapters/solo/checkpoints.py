@@ -42,7 +42,7 @@ def _settings(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """The options that decide which parameters there are, read from their shapes."""
     first = shapes.get("logo.affinity.mlp.0.weight")
     found: dict[str, Any] = {
-        "affinity": "true" if first else "false",
+        "affinity": "learned" if first else "cosine or false",
         "local_predictor": str(any(name.startswith("logo_local_predictor.") for name in shapes)).lower(),
     }
     if first:

@@ -27,6 +27,7 @@ _SHORT = {
     "preset": "",
     "local_weight": "lambda",
     "gradient_ratio": "ratio",
+    "anneal_repulsion": "anneal",
     "local_global_weight": "lg",
     "affinity_loss": "",
     "positive_noise": "noise",

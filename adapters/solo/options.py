@@ -11,7 +11,7 @@ from logo_plugin.losses import PRESETS, LoGoLoss, with_preset
 from logo_plugin.placement import PLACEMENTS
 
 OWN: dict[str, Any] = {
-    "affinity": True,
+    "affinity": None,
     "affinity_hidden_dim": 256,
     "affinity_norm": "batch",
     "fast_crops": False,
@@ -42,9 +42,13 @@ _IDLE: list[tuple[str, _Setting, tuple[str, ...]]] = [
     (
         "affinity=false",
         lambda options: not options["affinity"],
-        (*_LEARNED, "local_weight", "gradient_ratio", "repulsion", "weigh_overlap"),
+        (*_LEARNED, "local_weight", "gradient_ratio", "anneal_repulsion", "repulsion", "weigh_overlap"),
     ),
-    ("local_weight=0", lambda options: options["local_weight"] == 0, ("repulsion", "weigh_overlap")),
+    (
+        "local_weight=0",
+        lambda options: options["local_weight"] == 0,
+        ("anneal_repulsion", "repulsion", "weigh_overlap"),
+    ),
     (
         "local_global_weight=0",
         lambda options: options["local_global_weight"] == 0,
@@ -53,8 +57,12 @@ _IDLE: list[tuple[str, _Setting, tuple[str, ...]]] = [
 ]
 
 
-def checked(given: Any) -> dict[str, Any]:
+def checked(given: Any, *, hidden: bool = False) -> dict[str, Any]:
     """All options, each as given, as the preset has it, or at its default.
+
+    Args:
+        given: The mapping of the config.
+        hidden: The method hides how a prediction comes from the projection, which `gradient_ratio` has to know.
 
     Raises:
         ValueError: If one is unknown, out of its range, or has no effect beside another one.
@@ -67,25 +75,30 @@ def checked(given: Any) -> dict[str, Any]:
     fast = given.get("fast_crops", False)
     if not isinstance(fast, bool) and fast != "augment":
         raise ValueError(f'{PREFIX}fast_crops must be true, false or "augment", got {fast!r}.')
-    if not isinstance(given.get("affinity", True), bool) and given["affinity"] != "cosine":
-        raise ValueError(f"{PREFIX}affinity must be true, false or cosine, got {given['affinity']!r}.")
+    affinity = given.get("affinity")
+    if not (affinity is None or affinity is False or affinity in ("cosine", "learned")):
+        raise ValueError(f"{PREFIX}affinity must be cosine, learned or false, got {given['affinity']!r}.")
     several = ("fast_crops", "affinity")
     for name, default in OWN.items():
         if name not in several and isinstance(default, bool) and not isinstance(given.get(name, False), bool):
             raise ValueError(f"{PREFIX}{name} must be true or false, got {given[name]!r}.")
     try:
         options = OPTIONS | with_preset(given.get("preset"), given)
-        # True: the cosine stands in for what is built later.
-        affinity = nn.CosineSimilarity() if options["affinity"] is True else options["affinity"] or None
-        made = LoGoLoss(affinity=affinity, **{name: options[name] for name in options if name not in OWN})
-        options["gradient_ratio"] = made.gradient_ratio  # the cosine has a default of its own
+        if affinity is None:
+            usable = options["local_weight"] is not None or not hidden
+            options["affinity"] = "learned" if options["preset"] else usable and "cosine"
+        _refuse_idle(options)
+        # A module stands in for what is built later.
+        scorer = nn.CosineSimilarity() if options["affinity"] == "learned" else options["affinity"] or None
+        made = LoGoLoss(affinity=scorer, **{name: options[name] for name in options if name not in OWN})
+        # The cosine has defaults of its own.
+        options |= {"gradient_ratio": made.gradient_ratio, "anneal_repulsion": made.anneal_repulsion}
     except ValueError as error:
         raise ValueError(f"method_kwargs.logo: {error}") from error
     positive_integer(f"{PREFIX}affinity_hidden_dim", options["affinity_hidden_dim"])
     if options["affinity_norm"] not in ("batch", "layer"):
         raise ValueError(f'{PREFIX}affinity_norm must be "batch" or "layer", got {options["affinity_norm"]!r}.')
     choice(f"{PREFIX}local_placement", options["local_placement"], PLACEMENTS)
-    _refuse_idle(options)
     if options["weigh_overlap"] and not options["fast_crops"]:
         raise ValueError(f"{PREFIX}weigh_overlap needs the crops' boxes: set {PREFIX}fast_crops=true.")
     if options["local_placement"] != "anywhere" and not options["fast_crops"]:
@@ -98,7 +111,7 @@ def checked(given: Any) -> dict[str, Any]:
 
 def differing(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that are not as the defaults or the named preset have them."""
-    usual = OPTIONS | PRESETS.get(options["preset"], {})
+    usual = OPTIONS | PRESETS.get(options["preset"], {}) | {"anneal_repulsion": options["affinity"] == "cosine"}
     return {name: value for name, value in options.items() if value not in (None, usual[name])}
 
 

@@ -18,6 +18,7 @@ from logo_plugin.affinity import Affinity
 from logo_plugin.crops import crop_overlap
 from logo_plugin.local_predictor import join_groups, stand_in
 from logo_plugin.losses import LoGoLoss, LoGoTerms, Similarity
+from logo_plugin.progress import follow_trainer
 from logo_plugin.recomputing import local_forwards
 
 
@@ -53,7 +54,7 @@ class LoGo(BaseMethod):
         self.local_forwards = {"checkpoint": own["checkpoint_local_crops"], "running_stats": own["local_running_stats"]}
         dim = dry_run(self, cfg)
         affinity = own["affinity"] or None
-        if affinity is True:
+        if affinity == "learned":
             affinity = Affinity(dim, own["affinity_hidden_dim"], own["affinity_norm"])
         self.logo = LoGoLoss(affinity=affinity, **options)
         predictor = getattr(self, "predictor", None)
@@ -72,7 +73,9 @@ class LoGo(BaseMethod):
         """Adds and checks `method_kwargs.logo`, and puts what it says into the run's name."""
         cfg = super().add_and_assert_specific_cfg(cfg)
         given = cfg.method_kwargs.get("logo")
-        options = checked(OmegaConf.to_container(given) if OmegaConf.is_config(given) else given or {})
+        options = checked(
+            OmegaConf.to_container(given) if OmegaConf.is_config(given) else given or {}, hidden=cls.outputs.hidden
+        )
         if cls.outputs.hidden:
             refuse_ratio(options, cfg.method)
         cfg.method_kwargs.logo = options
@@ -152,6 +155,7 @@ class LoGo(BaseMethod):
         ):
             local = [self(crop) for crop in crops[self.num_large_crops :]]
         local_proj = [output(out, proj, "proj") for out in local]
+        follow_trainer(self, self.logo)
         terms = self.logo.extend(
             host_loss,
             global_global=host_loss / scale,

@@ -49,15 +49,19 @@ class LoGoLoss(nn.Module):
     Args:
         affinity: The pair scorer, usually `Affinity(dim)`; any module that maps two (P, N, D) tensors
             to logits (P, N). "cosine" repels the cosine similarity itself: nothing is learned, the affinity's term
-            is 0, and the default strength is `gradient_ratio=0.1`. None means no repulsion: the host method with
-            multi-crop.
+            is 0, and the defaults are `gradient_ratio=0.1, anneal_repulsion=True`. None means no repulsion: the host
+            method with multi-crop.
         similarity: The host method's own loss, "cosine" (negative cosine, in [-1, 1]) or any callable
             (pred (N, D), target (N, D)) -> scalar.
         local_weight: lambda, the fixed weight of local_local (default 1e-4, the paper's for SimSiam).
         gradient_ratio: Instead of a fixed weight, scale local_local so that the norm of its gradient
             at `local_proj` is at most this fraction of the similarity's (the release: 0.015, taken
             there on the encoder's gradient). It takes that gradient in `forward`, which under
-            `torch.compile` is a graph break: `fullgraph=True` needs a fixed weight.
+            `torch.compile` is a graph break: `fullgraph=True` needs a fixed weight. Where gradients are off there is
+            none to take, and `total` goes without the repulsion.
+        anneal_repulsion: Let the repulsion fall to nothing over the training: its weight, or the gradient ratio, is
+            multiplied by (1 + cos(pi * progress)) / 2, the half cosine of learning rate schedules. `anneal` says how
+            far the training is; Lightning's Trainer says it by itself. None: True with "cosine", else False.
         local_global_weight: Weight of a local-global pair against a global-global pair.
         affinity_loss: "logistic", softplus(-f(same image)) + softplus(f(other image)) (release), or
             "difference", f(other image) - f(same image) (Eq. 6).
@@ -97,6 +101,7 @@ class LoGoLoss(nn.Module):
         similarity: Literal["cosine"] | Similarity = "cosine",
         local_weight: float | None = None,
         gradient_ratio: float | None = None,
+        anneal_repulsion: bool | None = None,
         local_global_weight: float = 1.0,
         affinity_loss: Literal["logistic", "difference"] = "logistic",
         positive_noise: float = 0.3,
@@ -109,10 +114,12 @@ class LoGoLoss(nn.Module):
             affinity = CosineAffinity()
             if local_weight is None and gradient_ratio is None:
                 gradient_ratio = 0.1
+            if anneal_repulsion is None:
+                anneal_repulsion = True
         if affinity is not None and not isinstance(affinity, nn.Module):
             raise ValueError(
-                'affinity must be a module like Affinity(dim), "cosine" or None; of wrap and LoGoLearner also "auto": '
-                f"got {affinity!r}."
+                'affinity must be a module like Affinity(dim), "cosine" or None; of wrap and LoGoLearner also '
+                f'"learned": got {affinity!r}.'
             )
         if affinity is not None and not _takes_pairs(affinity):
             raise ValueError(
@@ -137,6 +144,21 @@ class LoGoLoss(nn.Module):
         self.repulsion = "logit" if isinstance(affinity, CosineAffinity) else repulsion
         self.reduction = _choice("reduction", reduction, ("pairs", "sum"))
         self.average_targets = flag("average_targets", average_targets)
+        self.anneal_repulsion = anneal_repulsion is not None and flag("anneal_repulsion", anneal_repulsion)
+        # A tensor, which a compiled step reads without being compiled again; checkpoints are without it.
+        self.register_buffer("_strength", torch.ones(()) if self.anneal_repulsion else None, persistent=False)
+        self._progress_known = False
+        of_learned = [
+            ("affinity_loss", affinity_loss, "logistic"),
+            ("positive_noise", positive_noise, 0.3),
+            ("repulsion", repulsion, "softplus"),
+        ]
+        idle = [f"{name}={value!r}" for name, value, usual in of_learned if value != usual]
+        if idle and isinstance(affinity, CosineAffinity):
+            raise ValueError(
+                f"{', '.join(idle)}: without effect beside the cosine, which is not learned. Leave it out, or give a "
+                'learned affinity: affinity=Affinity(dim), of wrap and LoGoLearner affinity="learned".'
+            )
         if affinity is not None and gradient_ratio and not local_global_weight:
             raise ValueError(
                 f"gradient_ratio={gradient_ratio} is a fraction of the gradient that pulls local crops to global ones, "
@@ -157,6 +179,24 @@ class LoGoLoss(nn.Module):
     def release(cls, **options: Any) -> "LoGoLoss":
         """The official release's settings, except for the `options` given; its three optimizer steps stay one."""
         return cls(**with_preset("release", options))
+
+    def anneal(self, progress: float) -> None:
+        """Sets how strongly the steps from now on repel, with `anneal_repulsion`; without it nothing changes.
+
+        Args:
+            progress: The share of the training that is done, in [0, 1]: steps done / steps in all.
+
+        Raises:
+            ValueError: If it is out of its range.
+        """
+        if isinstance(progress, bool) or not isinstance(progress, (int, float)) or not 0 <= progress <= 1:
+            raise ValueError(
+                f"progress must be the share of the training that is done, a number in [0, 1], got {progress!r}: give "
+                "steps done / steps in all."
+            )
+        if self._strength is not None:
+            self._strength.fill_((1 + math.cos(math.pi * progress)) / 2)
+            self._progress_known = True
 
     def forward(
         self,
@@ -285,11 +325,19 @@ class LoGoLoss(nn.Module):
             form=self.affinity_loss,
             noise=self.positive_noise / math.sqrt(proj[0].shape[1]),
         )
+        if self.anneal_repulsion and torch.is_grad_enabled() and not self._progress_known:
+            raise RuntimeError(
+                "the repulsion is annealed over the training, and nothing says how far that is. Before each step call "
+                "anneal(steps done / steps in all) of the loss (of a wrapped model model.logo.anneal, of a LoGoLearner "
+                "learner.criterion.anneal; Lightning's Trainer does so by itself if it has max_epochs or max_steps). "
+                "Or give anneal_repulsion=False, or affinity=None for multi-crop without repulsion."
+            )
+        strength = 1.0 if self._strength is None else self._strength
         if self.gradient_ratio is None:
-            total = total.add(local_local, alpha=self.local_weight)
-        else:
+            total = total + self.local_weight * strength * local_local
+        elif torch.is_grad_enabled():  # else there is none to compare
             source = [local_proj] if isinstance(local_proj, Tensor) else proj
-            total = total + _capped_weight(pull, local_local, source, self.gradient_ratio) * local_local
+            total = total + _capped_weight(pull, local_local, source, self.gradient_ratio * strength) * local_local
         return LoGoTerms(total + affinity, global_global, local_global, local_local, affinity)
 
     def extra_repr(self) -> str:
@@ -297,6 +345,7 @@ class LoGoLoss(nn.Module):
         weight = "local_weight" if self.gradient_ratio is None else "gradient_ratio"
         names = (
             weight,
+            "anneal_repulsion",
             "local_global_weight",
             "affinity_loss",
             "positive_noise",
@@ -315,7 +364,7 @@ def _takes_pairs(module: nn.Module) -> bool:
     return True
 
 
-def _capped_weight(pull: Tensor, local_local: Tensor, proj: Sequence[Tensor], ratio: float) -> Tensor:
+def _capped_weight(pull: Tensor, local_local: Tensor, proj: Sequence[Tensor], ratio: float | Tensor) -> Tensor:
     """Largest weight <= 1 that keeps local_local's gradient at proj within `ratio` of pull's."""
     norms = []
     for term in (pull, local_local):

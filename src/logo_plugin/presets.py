@@ -10,6 +10,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "local_weight": 1e-4,
         "gradient_ratio": None,
+        "anneal_repulsion": False,
         "local_global_weight": 1.0,
         "affinity_loss": "difference",
         "positive_noise": 0.0,
@@ -20,6 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "release": {
         "local_weight": None,
         "gradient_ratio": 0.015,
+        "anneal_repulsion": False,
         "local_global_weight": 1.0,
         "affinity_loss": "logistic",
         "positive_noise": 0.3,

@@ -19,6 +19,7 @@ from logo_plugin.local_predictor import join_groups
 from logo_plugin.losses import LoGoTerms
 from logo_plugin.observing import Observed, is_symmetric
 from logo_plugin.online import Heads, Method, Outputs, Source, origin_of, outputs_of, run_online, source_of
+from logo_plugin.progress import follow_trainer
 from logo_plugin.recomputing import local_forwards
 from logo_plugin.verifying import check_online
 from logo_plugin.wrapped import LoGoModel, resolve
@@ -112,6 +113,7 @@ def _logo_step(
                 f"{method} of {name} gives projections of local crops without gradient, so nothing could repel them. "
                 "torch.utils.checkpoint needs use_reentrant=False; or give affinity=None."
             )
+    follow_trainer(model, model.logo)
     terms = model.logo.extend(
         host_loss,
         global_global=observed.global_global,

@@ -92,7 +92,7 @@ class LoGoModel(nn.Module):
         if settings.checkpoint_local_crops and self.find_backbone(heads) is None:
             raise ValueError(f"checkpoint_local_crops=True needs an attribute 'backbone', and {name} has none.")
         affinity = settings.affinity if only else copy.deepcopy(settings.affinity)
-        if affinity == "auto":
+        if affinity == "learned":
             affinity = Affinity(width(heads.projector))
         if settings.local_predictor and heads.predictor is None:
             raise ValueError(
@@ -206,8 +206,10 @@ def attach(x: Any, mixin: type[LoGoModel], settings: Settings, options: dict[str
     """
     _check(settings)
     options = with_preset(preset, options)
-    # A bad value should fail here, not when the class is instantiated; the cosine stands in for what is built then.
-    LoGoLoss(affinity=nn.CosineSimilarity() if settings.affinity == "auto" else settings.affinity, **options)  # type: ignore[arg-type]
+    if settings.affinity == "auto":
+        settings = replace(settings, affinity="learned" if preset else "cosine")
+    # A bad value should fail here, not when the class is instantiated; a module stands in for what is built then.
+    LoGoLoss(affinity=nn.CosineSimilarity() if settings.affinity == "learned" else settings.affinity, **options)  # type: ignore[arg-type]
     base: Any = x if isinstance(x, type) else type(x)
     if issubclass(base, LoGoModel):
         raise ValueError(f"{base.__name__} is wrapped already.")

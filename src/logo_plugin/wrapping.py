@@ -20,9 +20,10 @@ _CALLS = {"_orig_mod": "torch.compile", "_forward_module": "fabric.setup"}
 def wrap(
     x: T,
     *,
-    affinity: nn.Module | Literal["auto", "cosine"] | None = "auto",
+    affinity: nn.Module | Literal["auto", "cosine", "learned"] | None = "auto",
     local_weight: float | None = None,
     gradient_ratio: float | None = None,
+    anneal_repulsion: bool | None = None,
     local_global_weight: float | None = None,
     affinity_loss: Literal["logistic", "difference"] | None = None,
     positive_noise: float | None = None,
@@ -58,10 +59,13 @@ def wrap(
         x: A model of two views as lightly's examples and benchmarks write them, a LightningModule or plain
             `nn.Module`, the instance or its class (also as a decorator). Or the class of a solo-learn method, which
             takes the options of `logo_plugin.adapters.solo.wrap` instead of these.
-        affinity: "auto" builds `Affinity` for the projector's width; a module, of which each model of a class has a
-            copy; "cosine", with which nothing is learned (`LoGoLoss`); or None for plain multi-crop without repulsion.
-        local_weight: As the next seven, an option of `LoGoLoss`; None leaves it at its default.
+        affinity: What is repelled: "cosine", the cosine of two projections (`LoGoLoss`); "learned" builds the paper's
+            `Affinity` for the projector's width; a module, of which each model of a class has a copy; None repels
+            nothing, plain multi-crop. "auto" is "learned" with a preset, else "cosine".
+        local_weight: As the next eight, an option of `LoGoLoss`; None leaves it at its default.
         gradient_ratio: See `LoGoLoss`.
+        anneal_repulsion: See `LoGoLoss`. A LightningModule's Trainer says how far the training is; a plain loop calls
+            `model.logo.anneal(steps done / steps in all)` before each step.
         local_global_weight: See `LoGoLoss`.
         affinity_loss: See `LoGoLoss`.
         positive_noise: See `LoGoLoss`.

@@ -1,0 +1,150 @@
+"""What one line gives: the cosine of two local crops is repelled, ever less until the training ends."""
+
+import copy
+import math
+
+import hosts
+import pytest
+import pytorch_lightning as pl
+import torch
+from lightly.loss import NegativeCosineSimilarity
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from torchvision.datasets import FakeData
+
+from logo_plugin import Affinity, LoGoLearner, MultiCropCollate, wrap
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning_fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:Memory bank size:UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+COLLATE = MultiCropCollate(global_size=24, local_size=16)
+
+
+class Stream(IterableDataset):
+    """24 images and no length."""
+
+    def __iter__(self):
+        return iter([*FakeData(24, (3, 32, 32))])
+
+
+class Strengths(pl.Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        strength = pl_module.logo._strength
+        self.seen.append(1 if strength is None else float(strength))
+
+
+def batch():
+    return COLLATE([(x, 0) for x, _ in FakeData(8, (3, 32, 32))])[0]
+
+
+def fit(model, images=None, *, path=None, **options):
+    strengths = Strengths()
+    loader = DataLoader(images or [*FakeData(24, (3, 32, 32))], batch_size=8, collate_fn=COLLATE)
+    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = pl.Trainer(callbacks=[strengths], **silent | {"enable_checkpointing": False} | options)
+    trainer.fit(model, loader, ckpt_path=path, weights_only=False)
+    return strengths.seen, trainer
+
+
+def half_cosine(steps, *, of):
+    return pytest.approx([(1 + math.cos(math.pi * i / of)) / 2 for i in steps], abs=1e-6)
+
+
+@pytest.mark.parametrize("cls", [hosts.BYOL, hosts.MoCo, hosts.SimSiam, hosts.SimCLR, hosts.NNCLR, hosts.TiCo])
+def test_the_line(cls):
+    """It adds nothing that an optimizer or a checkpoint holds, and repels."""
+    models = []
+    for options in ({}, {"affinity": None}):
+        torch.manual_seed(0)
+        models.append(wrap(cls(), **options))
+        torch.manual_seed(0)
+        seen, _ = fit(models[-1], max_epochs=1)
+        assert seen == (half_cosine(range(3), of=3) if not options else [1, 1, 1])
+    model, other = models
+    assert (model.logo.gradient_ratio, model.logo.anneal_repulsion) == (0.1, True)
+    assert model.state_dict().keys() == cls().state_dict().keys()
+    assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"max_epochs": 2}, 6),
+        ({"max_epochs": 9, "max_steps": 4}, 4),
+        ({"max_epochs": 2, "limit_train_batches": 2}, 4),
+        ({"max_epochs": 2, "accumulate_grad_batches": 2}, 6),  # it moves with the batches
+    ],
+)
+def test_follows_the_trainer(options, steps):
+    assert fit(wrap(hosts.BYOL()), **options)[0] == half_cosine(range(steps), of=steps)
+
+
+def test_a_stream_moves_it_with_the_epochs():
+    seen, _ = fit(wrap(hosts.BYOL()), Stream(), max_epochs=2)
+    assert seen == pytest.approx([1, 1, 1, 0.5, 0.5, 0.5])
+
+
+def test_goes_on_where_it_was(tmp_path):
+    first = wrap(hosts.BYOL())
+    _, trainer = fit(first, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    seen, _ = fit(wrap(hosts.BYOL()), path=tmp_path / "last.ckpt", max_epochs=2)
+    assert seen == half_cosine((3, 4, 5), of=6)
+
+
+def test_a_trainer_without_an_end_is_refused():
+    model = wrap(hosts.BYOL())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"nothing says how far that is.*max_epochs or max_steps.*affinity=None"):
+        fit(model, max_epochs=-1)
+    assert all(torch.allclose(value, before[name]) for name, value in model.named_parameters())
+    seen, _ = fit(wrap(hosts.BYOL(), affinity="cosine", anneal_repulsion=True), max_steps=3)
+    assert seen == half_cosine(range(3), of=3)
+
+
+def test_a_plain_loop_says_how_far_it_is():
+    model = wrap(hosts.PlainBYOL(), criterion=NegativeCosineSimilarity())
+    with pytest.raises(RuntimeError, match=r"model\.logo\.anneal"):
+        model(batch())
+    other = wrap(copy.deepcopy(hosts.PlainBYOL()), criterion=NegativeCosineSimilarity(), affinity=None)
+    other.load_state_dict(model.state_dict())
+    views, gradients = batch(), {}
+    for progress in (0.0, 1.0):
+        model.logo.anneal(progress)
+        model.zero_grad()
+        model(views).backward()
+        gradients[progress] = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.load_state_dict(other.state_dict())
+    other(views).backward()
+    bare = [p.grad for p in other.parameters() if p.grad is not None]
+    for found, expected in zip(gradients[1.0], bare, strict=True):  # annealed, it is plain multi-crop
+        torch.testing.assert_close(found, expected)
+    assert not all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(gradients[0.0], bare, strict=True))
+
+
+def test_the_learner_too():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    learner = LoGoLearner(net, "simsiam", image_size=(24, 16), hidden_dim=16, output_dim=16, predictor_dim=8)
+    with torch.no_grad():
+        assert learner(batch()).isfinite()
+    with pytest.raises(RuntimeError, match=r"learner\.criterion\.anneal"):
+        learner(batch())
+    learner.criterion.anneal(0.5)
+    learner(batch()).backward()
+    assert all(p.grad is not None for p in learner.parameters())
+
+
+def test_presets_have_the_affinity_of_the_paper():
+    for preset in ("paper", "release"):
+        model = wrap(hosts.BYOL(), preset=preset)
+        assert isinstance(model.logo.affinity, Affinity)
+        assert not model.logo.anneal_repulsion
+    assert wrap(hosts.BYOL(), preset="release", affinity="cosine").logo.gradient_ratio == 0.015
+    with pytest.raises(ValueError, match=r"positive_noise=0\.0, repulsion='logit': without effect beside the cosine"):
+        wrap(hosts.BYOL(), preset="paper", affinity="cosine")
