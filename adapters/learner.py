@@ -143,6 +143,7 @@ class LoGoLearner(nn.Module):
 
     def _online(self, views: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         proj = [self.projector(self.backbone(view).flatten(1)) for view in views]
+        torch._dynamo.graph_break()  # gradient_ratio takes a gradient at proj, between the graphs of torch.compile
         return proj, [self.predictor(z) for z in proj]
 
 

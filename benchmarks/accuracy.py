@@ -43,7 +43,7 @@ from accuracy_data import DATASETS, fifths, first_per_class, other_sets
 from accuracy_evaluation import evaluate
 from accuracy_training import METHODS, fit
 
-DEFAULT = ["2 crops", "2 crops, equal compute", "multi-crop", "LoGo"]
+DEFAULT = ["2 crops", "2 crops, equal compute", "multi-crop", "cosine, annealed"]
 SELECTION = ("methods", "arms", "seeds", "data", "output", "every", "workers", "known", "lr", "epochs")
 
 

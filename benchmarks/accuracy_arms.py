@@ -39,8 +39,8 @@ ARMS = {
     # 1.33 x a 2-crop step, the making of the crops included.
     "2 crops, equal seconds": (None, {"crops": TWO_CROPS, "longer": 4 / 3}),
     "multi-crop": ({"affinity": None}, {}),
-    "LoGo": ({**LEARNED, "local_weight": 1e-4}, {}),
-    "LoGo, ratio 0.1": ({**LEARNED, "gradient_ratio": 0.1}, {}),
+    "learned affinity": ({**LEARNED, "local_weight": 1e-4}, {}),
+    "ratio 0.1": ({**LEARNED, "gradient_ratio": 0.1}, {}),
 }
 for weight in (1e-5, 1e-3, 1e-2, 1e-1, 1.0):
     ARMS[f"lambda {weight:g}"] = ({**LEARNED, "local_weight": weight}, {})
@@ -61,7 +61,7 @@ ARMS |= {
     "layer norm, unit z": ({**STRONG, "affinity": partial(UnitAffinity, 128, norm="layer")}, {}),
     "logit": ({**STRONG, "repulsion": "logit"}, {}),
     "cosine": ({**STRONG, **COSINE}, {}),
-    "cosine, fading": ({}, {}),  # the default: to nothing, as the learning rate does
+    "cosine, annealed": ({}, {}),  # the default: to nothing, as the learning rate does
     "attraction": ({**STRONG, "affinity": Attraction}, {}),
     "no noise": ({**STRONG, "positive_noise": 0.0}, {}),
     "noise 1": ({**STRONG, "positive_noise": 1.0}, {}),

@@ -31,9 +31,9 @@ COLOURS = {
     "2 crops, equal seconds": "#707070",
     "2 crops, equal compute, lr x 2": "#8c564b",
     "multi-crop": "#1f77b4",
-    "LoGo": "#d62728",
+    "learned affinity": "#d62728",
     "cosine": "#2ca02c",
-    "cosine, fading": "#9467bd",
+    "cosine, annealed": "#9467bd",
     "release": "#ff7f0e",
 }
 MAIN = tuple(COLOURS)
@@ -41,12 +41,13 @@ PAIRS = (
     ("multi-crop", "2 crops, equal compute"),
     ("multi-crop", "2 crops, equal seconds"),
     ("multi-crop", "2 crops, equal compute, lr x 2"),
-    ("LoGo", "2 crops, equal compute"),
-    ("LoGo", "multi-crop"),
+    ("learned affinity", "2 crops, equal compute"),
+    ("learned affinity", "multi-crop"),
     ("cosine", "2 crops, equal compute"),
     ("cosine", "multi-crop"),
-    ("cosine, fading", "multi-crop"),
-    ("cosine, fading", "cosine"),
+    ("cosine, annealed", "2 crops, equal compute"),
+    ("cosine, annealed", "multi-crop"),
+    ("cosine, annealed", "cosine"),
     ("release", "2 crops, equal compute"),
     ("release", "multi-crop"),
 )
@@ -94,7 +95,7 @@ HEADINGS = {
 }
 CIFAR = {"global_size": 32, "local_size": 32}  # of the runs that have no cost in them
 DOSES = {
-    "BatchNorm affinity": {0.1: "LoGo, ratio 0.1", 0.015: "release", **{r: f"ratio {r:g}" for r in (0.005, 0.05, 0.3)}},
+    "BatchNorm affinity": {0.1: "ratio 0.1", 0.015: "release", **{r: f"ratio {r:g}" for r in (0.005, 0.05, 0.3)}},
     "LayerNorm affinity": {0.1: "layer norm", **{r: f"layer norm, ratio {r:g}" for r in (0.005, 0.015, 0.05, 0.3)}},
     "cosine": {0.1: "cosine", **{r: f"cosine, ratio {r:g}" for r in (0.005, 0.015, 0.05, 0.3)}},
 }

@@ -23,11 +23,11 @@ from accuracy_arms import CHOOSING, best_rate, validation
 
 RESULTS = Path(__file__).parent / "results"
 CHOOSERS = ["2 crops, equal compute", "multi-crop"]
-MAIN = [*CHOOSERS, "LoGo", "release"]
+MAIN = [*CHOOSERS, "learned affinity", "release"]
 RATES = {"byol": [0.2, 0.4, 0.8], "moco-both": [0.1, 0.2, 0.4], "simsiam": [0.1, 0.2, 0.4]}
 COMMON = ["--backbone", "tiny", "--batch-size", "64", "--queue", "4096", "--precision", "bf16-mixed", "--validate"]
 ONE_FACTOR = [
-    *("LoGo, ratio 0.1", "ratio 0.005", "ratio 0.05", "ratio 0.3"),  # 0.015 is the release
+    *("ratio 0.1", "ratio 0.005", "ratio 0.05", "ratio 0.3"),  # 0.015 is the release
     *("cosine", "cosine, ratio 0.005", "cosine, ratio 0.015", "cosine, ratio 0.05", "cosine, ratio 0.3"),
     *("layer norm", *(f"layer norm, ratio {ratio}" for ratio in (0.005, 0.015, 0.05, 0.3))),
     *("local predictor", "local predictor, own start", "MULAN"),
@@ -41,7 +41,7 @@ ONE_FACTOR = [
 ]
 # What the others refine: of MoCo first, whose seeds differ least.
 KEY = [
-    *("LoGo, ratio 0.1", "ratio 0.3", "cosine, ratio 0.015", "cosine", "cosine, ratio 0.3", "layer norm", "attraction"),
+    *("ratio 0.1", "ratio 0.3", "cosine, ratio 0.015", "cosine", "cosine, ratio 0.3", "layer norm", "attraction"),
     *("local inside global", "local apart", "cosine, local apart", "averaged targets"),
     *("4 local crops, equal compute", "6 local crops, equal compute", "local scale 0.08-0.25", "local scale 0.05-0.4"),
 ]
@@ -65,13 +65,13 @@ STAGES = [
     # Were multi-crop's runs, which all are compared with, lucky?
     ("imagenette", "moco-both", MAIN[1:3], [5, 6], 60),
     # The repelled cosine is ahead at first and no more at the end: and if it is repelled at first only?
-    ("imagenette", "moco-both", ["cosine, fading"], [3, 4, 5, 6], 11),
-    ("imagenette", "moco-both", ["cosine, fading"], [3, 4, 5, 6], 60),
-    ("imagenette", "byol", ["cosine, fading"], [3, 4, 5, 6], 11),
-    ("imagenette", "byol", ["cosine, fading"], [0, 1, 2], 60),
-    ("imagenette", "moco-both", ["cosine, fading"], [0], 60),
+    ("imagenette", "moco-both", ["cosine, annealed"], [3, 4, 5, 6], 11),
+    ("imagenette", "moco-both", ["cosine, annealed"], [3, 4, 5, 6], 60),
+    ("imagenette", "byol", ["cosine, annealed"], [3, 4, 5, 6], 11),
+    ("imagenette", "byol", ["cosine, annealed"], [0, 1, 2], 60),
+    ("imagenette", "moco-both", ["cosine, annealed"], [0], 60),
     # It ends above multi-crop in the first six pairs: more of them.
-    ("imagenette", "byol", ["multi-crop", "cosine, fading"], [3, 4], 60),
+    ("imagenette", "byol", ["multi-crop", "cosine, annealed"], [3, 4], 60),
     ("collages", "moco-both", [*MAIN[:3], "cosine"], [3, 4, 5], 11),
     ("imagenette", "simsiam", CHOOSERS, [0, 1, 2], 11),
     ("imagenette", "simsiam", MAIN[:3], [3, 4, 5], 11),

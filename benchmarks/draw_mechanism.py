@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 ARMS = {  # gradient_ratio=0.1 but for the first
     "multi-crop": "nothing",
     "cosine": "plain cosine",
-    "LoGo, ratio 0.1": "BatchNorm\naffinity",
+    "ratio 0.1": "BatchNorm\naffinity",
     "layer norm": "LayerNorm\naffinity",
 }
 ONE, TWO, PLAIN = "#d62728", "#1f77b4", "#444444"

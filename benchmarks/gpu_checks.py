@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from logo_plugin import MultiCropCollate, wrap
 
 TINY = ("byol", "benchmark moco", "plain simsiam")
+LEARNED = partial(wrap, affinity="learned")  # what the contract asks about; _few has the default, too
 
 
 def contract(run):
@@ -77,7 +78,7 @@ def channels_last(run):
 
 
 def compiled(run):
-    """torch.compile of wrapped models: eager's losses and gradients with affinity=None; LoGo's own loss finite."""
+    """torch.compile of wrapped models: eager's losses and gradients, with a learned affinity a finite loss."""
     from adapter_contract import seeded, views
 
     backend = "inductor" if run.cuda else "aot_eager"
@@ -85,7 +86,8 @@ def compiled(run):
         for name, case in _few(run).items():
             if not name.startswith("plain") or (run.tiny and "ratio" in name):
                 continue  # Lightning compiles a module by itself
-            for options in ({"affinity": None}, {}):
+            cosine = "cosine" in name
+            for options in ({},) if cosine else ({"affinity": None}, {}):
                 torch._dynamo.reset()
                 models = [seeded(case.build, **options) for _ in range(2)]
                 calls, start = [models[0], torch.compile(models[1], backend=backend)], time.perf_counter()
@@ -97,7 +99,7 @@ def compiled(run):
                 ]
                 found = {"backend": backend, "losses": [float(loss) for loss in losses]}
                 found["seconds of three steps, compiling"] = time.perf_counter() - start
-                if options:
+                if options or cosine:
                     found |= _agree(*zip(losses, gradients, strict=True))
                 elif not all(loss.isfinite() for loss in losses):  # its noise is drawn otherwise in a graph
                     found["failed"] = "the loss is not finite"
@@ -125,7 +127,7 @@ def sync_batchnorm(run):
         if name == "fsdp" and not run.cuda:
             yield name, {"skipped": "Lightning's FSDP needs a GPU"}
             continue
-        model = wrap(hosts.BYOL())
+        model = LEARNED(hosts.BYOL())
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer = pl.Trainer(
@@ -166,7 +168,7 @@ def _cases(run, device=None):
     def lightning(cls):
         return AdapterCase(
             host=lambda: cls().to(device),
-            build=lambda **options: wrap(cls(), **options).to(device),
+            build=lambda **options: LEARNED(cls(), **options).to(device),
             loss=lambda model, crops: _value(model.training_step([_moved(crops, device), targets, ["a.jpg"] * 6], 0)),
             optimizer=lambda model: _optimizer(model.configure_optimizers()),
         )
@@ -179,7 +181,7 @@ def _cases(run, device=None):
 
         def build(**options):
             model = host()
-            return wrap(model, criterion=model.criterion, **step, **options).to(device)
+            return LEARNED(model, criterion=model.criterion, **step, **options).to(device)
 
         def loss(model, crops):
             crops = _moved(crops, device)
@@ -195,12 +197,19 @@ def _cases(run, device=None):
 
 
 def _few(run):
-    """One of each kind: a predictor with momentum, a queue, a predictor alone, symmetric, one with a ratio."""
+    """One of each kind: a predictor with momentum, a queue, a predictor alone, symmetric, a ratio, the cosine."""
     cases = _cases(run)
     names = TINY if run.tiny else ("byol", "benchmark moco", "plain simsiam", "plain moco", "plain simclr", "tico")
     few = {name: cases[name] for name in names}
     base = cases["plain simsiam"]
     few["plain simsiam, gradient ratio"] = replace(base, build=lambda **o: base.build(**({"gradient_ratio": 0.5} | o)))
+
+    def cosine(**options):
+        model = base.build(**({"affinity": "cosine"} | options))
+        model.logo.anneal(0.25)
+        return model
+
+    few["plain simsiam, cosine"] = replace(base, build=cosine)
     return few
 
 

@@ -74,7 +74,7 @@ def main():
         for cheap in arms:
             net = timm.create_model(options.backbone, num_classes=0)
             model = lightly_models.METHODS["byol"](net, net.num_features).to(options.device)
-            models.append(model if cheap is None else wrap(model, checkpoint_local_crops=cheap))
+            models.append(model if cheap is None else wrap(model, affinity="learned", checkpoint_local_crops=cheap))
         kept = [kept_bytes(model, batch) - sum(v.nbytes for v in views) for model in models]
         base = base or kept[0]
         times = [[] for _ in models]

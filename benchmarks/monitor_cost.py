@@ -77,7 +77,7 @@ def main():
             )
 
     large, small = options.sizes
-    model = wrap(lightly_models.create("byol", options.backbone, large, small))
+    model = wrap(lightly_models.create("byol", options.backbone, large, small), affinity="learned")
     views = [torch.randn(options.batch_size, 3, size, size) for size in (large, large, small, small)]
     timed = Timed(LoGoMonitor(every_n_steps=2))
     with tempfile.TemporaryDirectory() as folder:

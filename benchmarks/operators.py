@@ -86,7 +86,7 @@ def main():
         print(f"{name:26}{plain:12}{logo:8}{logo - plain:8}{layer:12}")
     if arguments.lightly:
         warnings.simplefilter("ignore")  # no Trainer to log to
-        plain, logo = (of_byol(arguments.local_crops, affinity) for affinity in (None, "auto"))
+        plain, logo = (of_byol(arguments.local_crops, affinity) for affinity in (None, "learned"))
         print(f"{'BYOL of lightly, all of it':26}{plain:12}{logo:8}{logo - plain:8}")
     if arguments.names:
         more = count(arguments.local_crops, affinity=Affinity(FEATURES))

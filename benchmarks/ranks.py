@@ -36,13 +36,12 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from logo_plugin import wrap
-
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import hosts
 import test_learner
 import test_lightly
 from adapter_contract import views
+from hosts import wrap_learned as wrap
 
 STEPS = 10
 TERMS = ("global_global", "local_global", "local_local", "affinity")

@@ -1,6 +1,6 @@
 """How strong the repulsion of a fixed lambda is, as the affinity learns: its share of the gradient, step by step.
 
-    python benchmarks/repulsion_share.py --data data    # Imagenette, BYOL, LoGo's defaults, 11 epochs
+    python benchmarks/repulsion_share.py --data data    # Imagenette, BYOL, learned affinity, 11 epochs
     python benchmarks/repulsion_share.py --data data --runs accuracy_runs/imagenette/60/*-LoGo-*/  # at their end
 
 Every 25 steps: the norm of `local_weight` times local_local's gradient at the local crops' projections, in percent of
@@ -82,9 +82,9 @@ def main():
             of_run(folder, options.data)
         return
     with TemporaryDirectory() as folder, patch.object(LoGoLoss, "extend", tell):
-        job = ["--data", str(options.data), "--dataset", "imagenette", "--methods", "byol", "--arms", "LoGo"]
+        job = ["--data", str(options.data), "--dataset", "imagenette", "--methods", "byol"]
         job += ["--seeds", "0", "--backbone", "tiny", "--batch-size", "64", "--precision", "bf16-mixed", "--validate"]
-        job += ["--epochs", "11", "--lr", "0.4", "--output", folder]
+        job += ["--arms", "learned affinity", "--epochs", "11", "--lr", "0.4", "--output", folder]
         for run in accuracy.runs(accuracy.parse(job)):
             accuracy.train_run(*run)
 

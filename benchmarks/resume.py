@@ -142,7 +142,7 @@ def lightning_run(make, logo, cures, folder, part):
         keep_bank(model.criterion.memory_bank)
     if "state" in cures and isinstance(model, hosts.TiCo):
         keep_covariance(model.criterion, 16)
-    model = wrap(model, local_weight=0.1) if logo else model
+    model = wrap(model, affinity="learned", local_weight=0.1) if logo else model
     record = Record(folder / part, KILLED if part == "killed" else None)
     trainer = saving_trainer(pl, folder, [record, *[SeedEachStep()] * ("steps" in cures)], checkpoints=folder / part)
     resumed = folder / "killed" / f"step={SAVED}.ckpt" if part == "resumed" else None
@@ -204,7 +204,8 @@ def solo_run(method, logo, cures, folder, part):
     for i, (image, label) in enumerate(tiles(4 * BATCH)):
         os.makedirs(f"data/{label}", exist_ok=True)
         image.save(f"data/{label}/{i}.png")
-    overlay = [f"+logo={method}", "augmentations=logo_cifar", "+method_kwargs.logo.local_weight=0.1"]
+    options = ("method_kwargs.logo.affinity=learned", "method_kwargs.logo.local_weight=0.1")
+    overlay = [f"+logo={method}", "augmentations=logo_cifar", *options]
     sizes = {"proj_hidden_dim": 24, "proj_output_dim": 16, "pred_hidden_dim": 24, "queue_size": 64}
     sys.argv = [
         *("main_pretrain.py", "--config-path", f"{solo_clone.ROOT}/scripts/pretrain/cifar", "--config-name", method),
@@ -227,7 +228,7 @@ def stable_run(name, logo, cures, folder, part):
     optim = {"optimizer": {"type": "SGD", "lr": 0.06, "momentum": 0.9}, "scheduler": "ConstantLR"}
     torch.manual_seed(0)
     model = stable_hosts.host(name, optim=optim)
-    model = wrap(model, local_weight=0.1) if logo else model
+    model = wrap(model, affinity="learned", local_weight=0.1) if logo else model
     record = Record(folder / part, KILLED if part == "killed" else None)
     added = [record, spt.callbacks.TeacherStudentCallback(), *[SeedEachStep()] * ("steps" in cures)]
     if name == "nnclr":
@@ -303,8 +304,8 @@ def call(model, views):
 
 def learner(method, logo):
     options = {} if method == "byol" else {"queue_size": 64}
-    options |= {"momentum": 0.9, "hidden_dim": 24, "output_dim": 16}
-    model = LoGoLearner(hosts.small_backbone(), method, image_size=(32,), local_weight=0.1, **options)
+    options |= {"momentum": 0.9, "hidden_dim": 24, "output_dim": 16, "affinity": "learned", "local_weight": 0.1}
+    model = LoGoLearner(hosts.small_backbone(), method, image_size=(32,), **options)
     return model, call, None
 
 
@@ -313,7 +314,7 @@ def plain(method, logo):
         "byol": (hosts.PlainBYOL, NegativeCosineSimilarity()),
         "moco": (hosts.PlainMoCo, NTXentLoss(temperature=0.1, memory_bank_size=(64, 16))),
     }[method]
-    model = wrap(cls(), criterion=criterion, local_weight=0.1) if logo else cls()
+    model = wrap(cls(), criterion=criterion, affinity="learned", local_weight=0.1) if logo else cls()
     return model, functools.partial(plain_step, criterion, logo), criterion
 
 

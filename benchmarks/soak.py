@@ -97,6 +97,7 @@ def learner_part(method, **options):
     optimizer = torch.optim.SGD(learner.parameters(), lr=0.01)
 
     def step(fail):
+        learner.criterion.anneal(0.5)
         sides = (32, 32, 24) if fail else (32, 32, 24, 24)  # too few local crops
         loss = learner([torch.randn(6, 3, side, side) for side in sides])
         optimizer.zero_grad()
@@ -128,12 +129,13 @@ class BYOL(nn.Module):
         return self.projection_head_momentum(self.backbone_momentum(x).flatten(start_dim=1)).detach()
 
 
-def wrapped_part():
-    model = wrap(BYOL())
+def wrapped_part(affinity):
+    model = wrap(BYOL(), affinity=affinity)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 
     def step(fail):
         views = [torch.randn(6, 3, side, side) for side in (32, 32, 24, 24)]
+        model.logo.anneal(0.5)
         if fail:
             views[3] = views[3][:, :1]  # the last local crop has one channel
         loss = model(views)
@@ -193,10 +195,12 @@ def main():
     parts = {
         "loss, cosine": lambda: loss_part("cosine"),
         "loss, InfoNCE, ratio": lambda: loss_part(info_nce, gradient_ratio=0.1),
-        "learner byol": lambda: learner_part("byol"),
-        "learner simsiam": lambda: learner_part("simsiam"),
-        "learner moco": lambda: learner_part("moco", queue_size=64),
-        "wrapped BYOL of lightly": wrapped_part,
+        "learner byol": lambda: learner_part("byol", affinity="learned"),
+        "learner byol, cosine": lambda: learner_part("byol"),
+        "learner simsiam": lambda: learner_part("simsiam", affinity="learned"),
+        "learner moco": lambda: learner_part("moco", affinity="learned", queue_size=64),
+        "wrapped BYOL of lightly": lambda: wrapped_part("learned"),
+        "wrapped BYOL, cosine": lambda: wrapped_part("cosine"),
     }
     good = [watch(name, *make(), arguments.steps) for name, make in parts.items() if arguments.only in name]
     for options in (

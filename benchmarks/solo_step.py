@@ -33,7 +33,12 @@ def build(method: str, size: int):
             "optimizer": {"name": "sgd", "batch_size": 1, "lr": 0.01, "classifier_lr": 0.1, "weight_decay": 1e-4},
             "scheduler": {"name": "none"},
             # scripts/pretrain/imagenet-100-multicrop/byol.yaml
-            "method_kwargs": {"proj_hidden_dim": 4096, "proj_output_dim": 256, "pred_hidden_dim": 8192},
+            "method_kwargs": {
+                "proj_hidden_dim": 4096,
+                "proj_output_dim": 256,
+                "pred_hidden_dim": 8192,
+                "logo": {"affinity": "learned"},  # the default needs a Trainer
+            },
         }
     )
     torch.manual_seed(0)

@@ -28,9 +28,9 @@ from logo_plugin import Affinity, LoGoLoss, wrap
 ARMS = {
     "2 crops": None,
     "multi-crop": {"affinity": None},
-    "LoGo": {},
-    "LoGo, gradient ratio": {"gradient_ratio": 0.1},
-    "LoGo, local crops in one batch": {"concat_local_crops": True},
+    "LoGo": {"affinity": "learned"},
+    "LoGo, gradient ratio": {"affinity": "learned", "gradient_ratio": 0.1},
+    "LoGo, local crops in one batch": {"affinity": "learned", "concat_local_crops": True},
 }
 
 

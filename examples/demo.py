@@ -49,6 +49,16 @@ def folder_images(folder):
     return torch.utils.data.Subset(images, train), torch.utils.data.Subset(images, held_out)
 
 
+class Fade(Callback):
+    """Tells LoGo how far the training is, which the Trainer can't where a timer ends it."""
+
+    def __init__(self, timer, seconds):
+        self.timer, self.seconds = timer, seconds
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        pl_module.logo.anneal(min(self.timer.time_elapsed() / self.seconds, 1.0))
+
+
 class History(Callback):
     """The terms of each step, kept in the checkpoint so that a resumed run has them all."""
 
@@ -124,6 +134,8 @@ def train_arm(arm, options, train, folder):
     checkpoint = next((path for path in (finished, interrupted) if options.resume and path.exists()), None)
     history, timer = History(), Timer(duration={"seconds": options.seconds})
     callbacks = [history, timer, OnExceptionCheckpoint(folder, interrupted.stem), TQDMProgressBar(refresh_rate=5)]
+    if arm == "LoGo 2 + 2":
+        callbacks.append(Fade(timer, options.seconds))
     trainer = pl.Trainer(
         max_epochs=-1,
         accelerator="cpu",
@@ -177,12 +189,12 @@ def draw(path, train, rows, untrained):
     axes["crops"].set_title("Photograph tiles, their two global and two local crops")
 
     terms = torch.tensor(rows[-1]["terms"])
-    for name in LoGoTerms._fields[1:]:
+    for name in LoGoTerms._fields[1:4]:
         values = terms[:, LoGoTerms._fields.index(name)]
         window = min(9, len(values))
         smooth = values.unfold(0, window, 1).mean(1)
         axes["terms"].plot(range(window - 1, len(values)), smooth, label=name)
-    axes["terms"].set(title="LoGo's four terms (mean of 9 steps)", xlabel="step")
+    axes["terms"].set(title="LoGo's terms (mean of 9 steps)", xlabel="step")
     axes["terms"].legend(fontsize=9)
     for row, colour in zip(rows, COLOURS, strict=True):
         axes["similarity"].hist(
@@ -210,9 +222,7 @@ def main():
     parser.add_argument("--data", type=Path, help="your images, one subfolder per class")
     parser.add_argument("--seconds", type=float, default=55, help="training time of each arm")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument(
-        "--gradient-ratio", type=float, help="repulsion by gradient ratio, not by LoGoLoss's default weight"
-    )
+    parser.add_argument("--gradient-ratio", type=float, default=0.1, help="strength of the repulsion at the start")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     parser.add_argument("--resume", action="store_true", help="continue where an interrupted run stopped")

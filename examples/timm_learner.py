@@ -28,8 +28,10 @@ net = timm.create_model("resnet10t", num_classes=0)
 learner = LoGoLearner(net, method="byol", image_size=(64, 32), hidden_dim=512, predictor_dim=512, momentum=0.99)
 optimizer = torch.optim.SGD(learner.parameters(), lr=0.05, momentum=0.9)
 collate = MultiCropCollate(global_size=64, local_size=32)
+loader = DataLoader(list(tiles()), batch_size=32, shuffle=True, drop_last=True, collate_fn=collate)
 for epoch in range(options.epochs):
-    for views, _ in DataLoader(list(tiles()), batch_size=32, shuffle=True, drop_last=True, collate_fn=collate):
+    for step, (views, _) in enumerate(loader, start=epoch * len(loader)):
+        learner.criterion.anneal(step / (options.epochs * len(loader)))  # the repulsion fades over the training
         optimizer.zero_grad()
         learner(views).backward()
         optimizer.step()

@@ -81,9 +81,12 @@ def config(method: str, logo: dict[str, Any] | None = None, small: int = 2, **ba
 
 
 def build(method: str, logo: dict[str, Any] | None = None, *, seed: int = 0, **options: Any):
+    """Unless told otherwise with the learned affinity: it has parameters and draws, and no Trainer is needed."""
     methods, _ = import_solo()
     torch.manual_seed(seed)
     stock = not method.startswith("logo_")
+    if not stock:
+        logo = {"affinity": "learned"} | (logo or {})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = methods.METHODS[method](config(method, logo, small=0 if stock else 2, **options))

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from logo_plugin import Affinity, LoGoLearner, LoGoLoss
+from logo_plugin.affinity import CosineAffinity
 from logo_plugin.affinity_terms import affinity_loss, affinity_terms, local_local_loss
 
 
@@ -149,9 +150,7 @@ def test_backward_inside_autocast_stays_in_float32(crops):
 def test_a_whole_model_in_half_precision(method, options):
     net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
     queue = {"affinity": "learned"} | ({"queue_size": 16} if method == "moco" else {})
-    learner = LoGoLearner(
-        net, method, image_size=(16, 12), hidden_dim=16, output_dim=8, affinity="learned", **queue, **options
-    )
+    learner = LoGoLearner(net, method, image_size=(16, 12), hidden_dim=16, output_dim=8, **queue, **options)
     learner.to(torch.bfloat16)
     for _ in range(2):
         loss = learner([torch.randn(4, 3, side, side, dtype=torch.bfloat16) for side in (16, 16, 12, 12)])
@@ -337,3 +336,15 @@ def test_nothing_comes_from_the_cpu(crops, form):
         sum(affinity_terms(affinity, z, form=form, noise=0.1)).backward()
     assert {"aten::randint.low", "aten::randint"} & called
     assert not {"aten::lift_fresh", "aten::_local_scalar_dense", "aten::nonzero"} & called
+
+
+@pytest.mark.parametrize("row", [0.0, 1e-9])
+def test_the_cosine_of_next_to_nothing_has_a_gradient_like_others(row):
+    """As in the similarities: one image whose projection is zero must not outweigh the batch."""
+    z = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0))
+    z[0, 3] = row
+    z.requires_grad_()
+    local_local_loss(CosineAffinity(), z, repulsion="logit").backward()
+    norms = z.grad.norm(dim=-1)
+    assert norms.isfinite().all()
+    assert norms[0, 3] < 10 * norms[1].max() + 1

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from torchvision.datasets import FakeData
 
-from logo_plugin import Affinity, LoGoLearner, MultiCropCollate, wrap
+from logo_plugin import Affinity, LoGoLearner, LoGoLoss, MultiCropCollate, wrap
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_fabric.utilities.warnings.PossibleUserWarning"),
@@ -148,3 +148,43 @@ def test_presets_have_the_affinity_of_the_paper():
     assert wrap(hosts.BYOL(), preset="release", affinity="cosine").logo.gradient_ratio == 0.015
     with pytest.raises(ValueError, match=r"positive_noise=0\.0, repulsion='logit': without effect beside the cosine"):
         wrap(hosts.BYOL(), preset="paper", affinity="cosine")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["byol", "simsiam", "moco"])
+def test_a_compiled_learner_repels_as_an_eager_one(method):
+    """The ratio is taken at the projections, which no graph may hide."""
+    gradients = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        queue = {"queue_size": 16} if method == "moco" else {"predictor_dim": 8}
+        learner = LoGoLearner(
+            net, method, image_size=(24, 16), hidden_dim=16, output_dim=16, gradient_ratio=0.5, **queue
+        )
+        learner.criterion.anneal(0.0)
+        (torch.compile(learner, backend="aot_eager") if compiled else learner)(batch()).backward()
+        gradients.append([p.grad for p in learner.parameters() if p.grad is not None])
+    for eager, fast in zip(*gradients, strict=True):
+        torch.testing.assert_close(fast, eager, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_graph_that_hides_the_predictor_is_refused():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.projector, self.predictor = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            z = self.projector(x)
+            return z, self.predictor(z)
+
+    heads = torch.compile(Heads(), backend="aot_eager")
+    z, p = zip(*(heads(torch.randn(6, 8)) for _ in range(4)), strict=True)
+    parts = {"global_pred": p[:2], "global_target": z[:2], "local_pred": p[2:], "local_proj": z[2:]}
+    with pytest.raises(
+        RuntimeError, match=r"one graph of torch\.compile.*Compile encoder and predictor apart.*local_weight"
+    ):
+        LoGoLoss(affinity="cosine", anneal_repulsion=False)(**parts)
+    assert LoGoLoss(affinity="cosine", anneal_repulsion=False, local_weight=0.1)(**parts).total.isfinite()

@@ -11,7 +11,12 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 EXPECTED = {
     "environment": {"versions", "device", "copy_bytes_per_s", "bf16_matmul_flops"},
     "contract": {"byol", "benchmark moco", "plain simsiam"},
-    "precision": {"byol, bfloat16", "byol, float16", "plain simsiam, gradient ratio, float16"},
+    "precision": {
+        "byol, bfloat16",
+        "byol, float16",
+        "plain simsiam, gradient ratio, float16",
+        "plain simsiam, cosine, float16",
+    },
     "step_time_small": {"setting", "byol"},
     "step_time_large": {"setting", "byol"},
     "objective": {"operators"},
@@ -20,7 +25,7 @@ EXPECTED = {
     "sync_batchnorm": {"ddp", "fsdp"},
     "transfer": {"defer=None", "defer=augment"},
     "crops": {"defer=augment", "kornia", "torchvision v2"},
-    "compile": {"plain simsiam, multi-crop", "plain simsiam, LoGo"},
+    "compile": {"plain simsiam, multi-crop", "plain simsiam, LoGo", "plain simsiam, cosine, LoGo"},
 }
 METHOD = {"seconds", "multi-crop / 2 crops", "LoGo / multi-crop", "own_seconds", "kernels"}
 

@@ -214,7 +214,7 @@ def test_bfloat16_and_a_compiled_backbone():
         ({"image_size": 224}, ValueError, r"image_size must be the sides .* as \(224, 96\), got 224"),
         ({"image_size": ()}, ValueError, r"image_size must be the sides .*got \(\)"),
         ({"image_size": ("a",)}, ValueError, "each of image_size must be a positive integer, got 'a'"),
-        ({"affinity": "none"}, ValueError, "affinity must be a module .* LoGoLearner also \"auto\": got 'none'"),
+        ({"affinity": "none"}, ValueError, "affinity must be a module .* LoGoLearner also \"learned\": got 'none'"),
         ({"affinity": 3}, ValueError, "affinity must be a module .* or None; .* got 3"),
         ({"backbone": 3}, TypeError, r"backbone must be a torch\.nn\.Module, got 3"),
         ({"backbone": nn.Flatten()}, ValueError, "the backbone has no parameters to train, got Flatten"),

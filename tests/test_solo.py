@@ -1,6 +1,7 @@
 """The solo-learn adapter against a real clone: set SOLO_LEARN_ROOT to run these."""
 
 import copy
+import math
 import os
 import pickle
 import subprocess
@@ -32,10 +33,10 @@ pytestmark = MARKS
 QUEUES = ("mocov2plus", "nnbyol", "nnsiam", "nnclr")
 
 
-def build_logo(method: str, affinity: Any = "auto", backbone: str = "resnet18", **options: Any):
+def build_logo(method: str, affinity: Any = "learned", backbone: str = "resnet18", **options: Any):
     if method in HIDDEN_PROJECTION and "gradient_ratio" in options:  # refused: test_bad_options
         options["local_weight"] = options.pop("gradient_ratio")
-    return build(f"logo_{method}", options | {"affinity": affinity is not None}, name=backbone)
+    return build(f"logo_{method}", options | {"affinity": affinity or False}, name=backbone)
 
 
 def loss(model, views):
@@ -266,10 +267,26 @@ def test_affinity_group_is_absent_without_affinity(affinity):
 
 def test_the_cosine_is_repelled():
     model = build("logo_mocov2plus", {"affinity": "cosine"})
+    model.logo.anneal(0.0)
     model.training_step(batch(), 0).backward()
     torch.testing.assert_close(model.logo_terms.local_local, F.cosine_similarity(*model.logo_local_proj).mean())
     assert (model.logo_terms.affinity, model.logo.gradient_ratio) == (0, 0.1)
     assert model.state_dict().keys() == build("mocov2plus", None).state_dict().keys()
+
+
+@pytest.mark.parametrize("method", HIDDEN_PROJECTION)
+def test_nothing_is_repelled_by_default_where_no_ratio_can_be_taken(method):
+    methods, _ = import_solo()
+    for logo in (None, {"local_weight": 0.5}):
+        model = methods.METHODS[f"logo_{method}"](config(f"logo_{method}", logo))
+        model.log_dict = model.log = lambda *args, **kwargs: None
+        if logo:
+            with pytest.raises(RuntimeError, match=r"model\.logo\.anneal"):
+                model.training_step(batch(), 0)
+            model.logo.anneal(0.0)
+        model.training_step(batch(), 0).backward()
+        assert (model.logo_terms.local_local != 0) == bool(logo)
+        assert model.logo_terms.local_global != 0
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -429,7 +446,7 @@ def test_built_in_double_precision():
     methods, _ = import_solo()
     torch.set_default_dtype(torch.float64)
     try:
-        model = methods.METHODS["logo_byol"](config("logo_byol"))
+        model = methods.METHODS["logo_byol"](config("logo_byol", {"affinity": "learned"}))
         assert next(model.logo.parameters()).dtype == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
@@ -444,14 +461,10 @@ def test_without_gradients_the_loss_is_the_methods_own(method):
         assert torch.equal(model.training_step([indexes, views, targets], 0), expected)
 
 
-@pytest.mark.filterwarnings("ignore")  # Lightning's
-def test_stochastic_weight_averaging(tmp_path):
-    """Its last epoch recomputes BatchNorm's statistics, with a momentum of None."""
+def fit(model, folder, *callbacks):
+    """Three epochs of two steps."""
     from lightning.pytorch import Trainer
-    from lightning.pytorch.callbacks import StochasticWeightAveraging
 
-    methods, _ = import_solo()
-    model = methods.METHODS["logo_byol"](config("logo_byol"))
     indexes, views, targets = batch(8)
     loader = torch.utils.data.DataLoader([(indexes[i], [v[i] for v in views], targets[i]) for i in range(8)], 4)
     trainer = Trainer(
@@ -461,12 +474,43 @@ def test_stochastic_weight_averaging(tmp_path):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        default_root_dir=tmp_path,
-        callbacks=[StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)],
+        default_root_dir=folder,
+        callbacks=list(callbacks),
     )
     trainer.fit(model, loader)
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's
+def test_stochastic_weight_averaging(tmp_path):
+    """Its last epoch recomputes BatchNorm's statistics, with a momentum of None."""
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+    methods, _ = import_solo()
+    model = methods.METHODS["logo_byol"](config("logo_byol"))
+    fit(model, tmp_path, StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1))
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
     assert {m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d)} == {0.1}
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's
+@pytest.mark.parametrize("logo", [None, {"local_weight": 0.5}, {"local_weight": 0.5, "anneal_repulsion": False}])
+def test_the_repulsion_follows_the_trainer(logo, tmp_path):
+    """It falls along half a cosine, step by step; with a fixed weight the loss shows it."""
+    methods, _ = import_solo()
+    from lightning.pytorch import Callback
+
+    model = methods.METHODS["logo_byol"](config("logo_byol", logo))
+    expected = [1.0 if "anneal_repulsion" in (logo or {}) else (1 + math.cos(math.pi * i / 6)) / 2 for i in range(6)]
+    found = []
+
+    class Record(Callback):
+        def on_train_batch_end(self, *_):
+            total, global_global, local_global, local_local, _ = model.logo_terms
+            pull = 2 * (2 * global_global + 4 * local_global) / 6
+            found.append(float((total - pull) / (0.5 * local_local) if logo else model.logo._strength))
+
+    fit(model, tmp_path, Record())
+    assert found == pytest.approx(expected, abs=1e-4)
 
 
 def test_local_crops_move_running_statistics_and_nothing_else():
@@ -511,6 +555,16 @@ def test_checkpointed_local_crops_train_the_same_model(method):
         (("logo_byol", {}), ("logo_byol", {"affinity": False}), "made with LoGo, and this run is without its affinity"),
         (
             ("logo_byol", {}),
+            ("logo_byol", {"affinity": "cosine"}),
+            "made with LoGo, and this run is without its affinity",
+        ),
+        (
+            ("logo_byol", {"local_predictor": True}),
+            ("logo_byol", {"local_predictor": True, "affinity": "cosine"}),
+            r"in the checkpoint method_kwargs\.logo\.affinity=learned, in this run .*\.affinity=cosine or false",
+        ),
+        (
+            ("logo_byol", {}),
             ("logo_byol", {"affinity_hidden_dim": 64, "affinity_norm": "layer"}),
             r"in the checkpoint method_kwargs\.logo\.affinity_hidden_dim=256, .*\.affinity_norm=batch, "
             r"in this run method_kwargs\.logo\.affinity_hidden_dim=64, .*\.affinity_norm=layer",
@@ -535,7 +589,8 @@ def test_checkpoints_of_other_settings(saved, here, message):
 
 
 def test_checkpoints_of_the_same_settings():
-    for method, logo in (("byol", None), ("logo_byol", {}), ("logo_byol", {"affinity": False})):
+    given = [{}, {"affinity": False}, {"affinity": "cosine"}]
+    for method, logo in (("byol", None), *(("logo_byol", each) for each in given)):
         checkpoint = {"state_dict": build(method, logo).state_dict()}
         build(method, None if logo is None else logo | {"reduction": "sum"}).on_load_checkpoint(checkpoint)
 
@@ -557,6 +612,7 @@ def test_backbones_at_two_sizes(backbone, key):
         cfg.backbone.kwargs[key] = key == "dynamic_img_size"
     model = method(cfg)
     model.log_dict = lambda *args, **kwargs: None
+    model.logo.anneal(0.0)
     assert model.training
     assert all(module.training for module in model.modules())
     indexes, views, targets = batch(2, size=224)
@@ -620,14 +676,14 @@ def test_scripts_of_the_clone(tmp_path):
     logged = b"".join(path.read_bytes() for path in tmp_path.glob("lightning_logs/version_0/*") if path.is_file())
     assert all(f"logo/{name}".encode() in logged for name in diagnose(torch.randn(2, 4, 3), Affinity(3)))
     assert b"logo/crops" in logged or list(tmp_path.glob("lightning_logs/version_0/logo_crops/epoch_0000.png"))
-    (first,) = tmp_path.glob("ck/logo_simsiam/*/*-logo-lambda0.0001-*ep=0.ckpt")
+    (first,) = tmp_path.glob("ck/logo_simsiam/*/*-logo-affcosine-lpred-ratio0.1-*ep=0.ckpt")
     run(*pretrain, "max_epochs=2", f"+resume_from_checkpoint='{first}'")
     (second,) = tmp_path.glob("ck/logo_simsiam/*/*ep=1.ckpt")
     # Lightning takes the batch size from the tensors of the batch, and warns where they differ in length.
     fast = ["-W", "error:Trying to infer", *pretrain, "max_epochs=1", "data.num_workers=1", "optimizer.batch_size=5"]
     fast += [f"+method_kwargs.logo.{o}" for o in ("fast_crops=augment", "weigh_overlap=true", "local_placement=apart")]
     run(*fast)
-    assert list(tmp_path.glob("ck/logo_simsiam/*/*-fastaugment-iou-apart-*ep=0.ckpt"))
+    assert list(tmp_path.glob("ck/logo_simsiam/*/*-fastaugment-iou-apart-lpred-*ep=0.ckpt"))
     assert torch.load(second)["global_step"] == 2 * torch.load(first)["global_step"] == 10
     linear = [f"{ROOT}/main_linear.py", "--config-path", f"{ROOT}/scripts/linear/imagenet-100", "--config-name"]
     run(*linear, "simsiam", *common, "max_epochs=1", f"pretrained_feature_extractor='{second}'")

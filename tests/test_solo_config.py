@@ -28,8 +28,14 @@ pytestmark = MARKS
         ({"lambda": 0.1}, r"logo\.lambda; did you mean method_kwargs\.logo\.local_weight\?"),
         ({"lamda": 0.1}, r"logo\.lamda; did you mean method_kwargs\.logo\.local_weight\?"),
         ({"lr": 0.1}, r"unknown option method_kwargs\.logo\.lr; none is near\. There are affinity, "),
-        ({"affinity": "none"}, "affinity must be true, false or cosine, got 'none'"),
-        ({"affinity": None}, "affinity must be true, false or cosine, got None"),
+        ({"affinity": "none"}, "affinity must be cosine, learned or false, got 'none'"),
+        ({"affinity": True}, r"method_kwargs\.logo\.affinity must be cosine, learned or false, got True"),
+        ({"anneal_repulsion": 1}, r"method_kwargs\.logo: anneal_repulsion must be True or False, got 1"),
+        (
+            {"affinity": False, "anneal_repulsion": True},
+            r"anneal_repulsion=true: without effect beside .*affinity=false",
+        ),
+        ({"local_weight": 0.0, "anneal_repulsion": True}, r"anneal_repulsion=true: without effect beside .*_weight=0"),
         (
             {"affinity": "cosine", "affinity_norm": "layer", "repulsion": "logit"},
             r"affinity_norm=layer, method_kwargs\.logo\.repulsion=logit: without effect beside .*affinity=cosine",
@@ -58,12 +64,49 @@ pytestmark = MARKS
         ({"local_global_weight": 0.0, "local_predictor": True}, r"local_predictor=true: without effect beside"),
         ({"local_global_weight": 0.0, "gradient_ratio": 0.1}, r"gradient_ratio=0\.1 .*local_global_weight=0 leaves"),
         ({"local_global_weight": 0.0, "preset": "release"}, r"gradient_ratio=0\.015 .*local_global_weight=0 leaves"),
-        (3, "must be a mapping"),
     ],
 )
 def test_bad_options(logo, message):
     with pytest.raises(ValueError, match=message):
         build("logo_byol", logo)
+
+
+@pytest.mark.parametrize(
+    ("logo", "message"),
+    [
+        (3, "must be a mapping"),
+        ({"affinity_hidden_dim": 64}, r"affinity_hidden_dim=64: without effect beside .*affinity=cosine"),
+        ({"preset": "paper", "affinity": "cosine"}, r"positive_noise=0\.0, repulsion='logit': without effect beside"),
+        ({"local_global_weight": 0.0}, r"gradient_ratio=0\.1 .*local_global_weight=0 leaves none.*fixed local_weight"),
+    ],
+)
+def test_bad_options_beside_the_default(logo, message):
+    with pytest.raises(ValueError, match=message):
+        checked(usual_config(logo))
+
+
+@pytest.mark.parametrize(
+    ("method", "logo", "affinity", "ratio", "anneal"),
+    [
+        *((method, None, "cosine", 0.1, True) for method in METHODS if method not in HIDDEN_PROJECTION),
+        *((method, None, False, None, False) for method in HIDDEN_PROJECTION),
+        *((method, {"local_weight": 0.5}, "cosine", None, True) for method in ("byol", *HIDDEN_PROJECTION)),
+        *((method, {"preset": "paper"}, "learned", None, False) for method in ("byol", *HIDDEN_PROJECTION)),
+        ("byol", {"preset": "release"}, "learned", 0.015, False),
+        ("byol", {"preset": "release", "affinity": "cosine"}, "cosine", 0.015, False),
+        ("byol", {"affinity": None, "gradient_ratio": 0.3}, "cosine", 0.3, True),
+        ("byol", {"anneal_repulsion": False}, "cosine", 0.1, False),
+        ("byol", {"affinity": "learned"}, "learned", None, False),
+        ("byol", {"affinity": "learned", "anneal_repulsion": True}, "learned", None, True),
+        ("byol", {"affinity": False}, False, None, False),
+    ],
+)
+def test_defaults(method, logo, affinity, ratio, anneal):
+    cfg = checked(usual_config(logo, method))
+    found, name = dict(cfg.method_kwargs.logo), cfg.name
+    assert [found[key] for key in ("affinity", "gradient_ratio", "anneal_repulsion")] == [affinity, ratio, anneal]
+    again = checked(cfg)  # what a model does with the config that parse_cfg gave
+    assert (dict(again.method_kwargs.logo), again.name) == (found, name)
 
 
 @pytest.mark.parametrize("logo", [{"gradient_ratio": 0.1}, {"preset": "release"}, {"affinity": "cosine"}])
@@ -99,8 +142,8 @@ def test_ratio_where_another_output_hides_the_projection():
     methods, _ = import_solo()
     for proj, logo, named in (
         ("p", {"gradient_ratio": 0.1}, None),
-        ("z", {"gradient_ratio": 0.1}, ""),
-        ("z", {"affinity": "cosine"}, " (which method_kwargs.logo.affinity=cosine has unless told)"),
+        ("z", {"affinity": "learned", "gradient_ratio": 0.1}, ""),
+        ("z", None, " (which method_kwargs.logo.affinity=cosine has unless told)"),
     ):
         cls = wrap(type("Mine", (methods.NNSiam,), {}), proj=proj)
         cfg = cls.add_and_assert_specific_cfg(usual_config(logo, "nnsiam"))
@@ -141,28 +184,37 @@ def checked(cfg):
 @pytest.mark.parametrize(
     ("logo", "name"),
     [
-        (None, "run-logo-lambda0.0001"),
-        ({"local_weight": 1e-4}, "run-logo-lambda0.0001"),
-        ({"local_weight": 0.5, "repulsion": "logit"}, "run-logo-lambda0.5-logit"),
-        ({"gradient_ratio": 0.015}, "run-logo-ratio0.015"),
+        (None, "run-logo-affcosine-ratio0.1"),
+        ({"local_weight": 1e-4}, "run-logo-lambda0.0001-affcosine"),
+        ({"affinity": "learned", "local_weight": 0.5, "repulsion": "logit"}, "run-logo-lambda0.5-afflearned-logit"),
+        ({"gradient_ratio": 0.015}, "run-logo-affcosine-ratio0.015"),
+        ({"anneal_repulsion": False}, "run-logo-affcosine-ratio0.1-noanneal"),
+        ({"affinity": "learned"}, "run-logo-lambda0.0001-afflearned"),
+        ({"affinity": "learned", "anneal_repulsion": True}, "run-logo-lambda0.0001-afflearned-anneal"),
         ({"affinity": False, "reduction": "sum"}, "run-logo-noaff-sum"),
         ({"affinity": "cosine"}, "run-logo-affcosine-ratio0.1"),
         ({"affinity": "cosine", "local_weight": 0.5}, "run-logo-lambda0.5-affcosine"),
         ({"affinity": "cosine", "preset": "release"}, "run-logo-affcosine-release"),
-        ({"affinity_hidden_dim": 64, "affinity_norm": "layer"}, "run-logo-lambda0.0001-hid64-layer"),
+        (
+            {"affinity": "learned", "affinity_hidden_dim": 64, "affinity_norm": "layer"},
+            "run-logo-lambda0.0001-afflearned-hid64-layer",
+        ),
         ({"preset": "paper"}, "run-logo-lambda0.0001-paper"),
         ({"preset": "paper", "reduction": "pairs"}, "run-logo-lambda0.0001-paper-pairs"),
         ({"preset": "paper", "gradient_ratio": 0.1}, "run-logo-paper-ratio0.1"),
         ({"preset": "release"}, "run-logo-release"),
         ({"preset": "release", "local_weight": 0.5}, "run-logo-lambda0.5-release"),
-        ({"local_predictor": True, "average_targets": True}, "run-logo-lambda0.0001-lpred-avg"),
-        ({"local_running_stats": False, "checkpoint_local_crops": True}, "run-logo-lambda0.0001-nolstats"),
-        ({"local_global_weight": 0.25, "positive_noise": 0.0}, "run-logo-lambda0.0001-lg0.25-noise0"),
-        ({"fast_crops": True, "weigh_overlap": True}, "run-logo-lambda0.0001-fast-iou"),
-        ({"fast_crops": True, "local_placement": "inside"}, "run-logo-lambda0.0001-fast-inside"),
-        ({"fast_crops": True, "local_placement": "anywhere"}, "run-logo-lambda0.0001-fast"),
-        ({"affinity_loss": "difference"}, "run-logo-lambda0.0001-difference"),
-        ({"monitor": True}, "run-logo-lambda0.0001"),  # it changes nothing that resuming would mix up
+        ({"local_predictor": True, "average_targets": True}, "run-logo-affcosine-lpred-ratio0.1-avg"),
+        ({"local_running_stats": False, "checkpoint_local_crops": True}, "run-logo-affcosine-nolstats-ratio0.1"),
+        (
+            {"affinity": "learned", "local_global_weight": 0.25, "positive_noise": 0.0},
+            "run-logo-lambda0.0001-afflearned-lg0.25-noise0",
+        ),
+        ({"fast_crops": True, "weigh_overlap": True}, "run-logo-affcosine-fast-iou-ratio0.1"),
+        ({"fast_crops": True, "local_placement": "inside"}, "run-logo-affcosine-fast-inside-ratio0.1"),
+        ({"fast_crops": True, "local_placement": "anywhere"}, "run-logo-affcosine-fast-ratio0.1"),
+        ({"affinity": "learned", "affinity_loss": "difference"}, "run-logo-lambda0.0001-afflearned-difference"),
+        ({"monitor": True}, "run-logo-affcosine-ratio0.1"),  # it changes nothing that resuming would mix up
     ],
 )
 def test_options_are_in_the_name(logo, name):
@@ -184,22 +236,22 @@ def test_options_are_in_the_name(logo, name):
     ],
 )
 def test_local_crops_are_in_the_name(changes, suffix):
-    assert checked(usual_config(**changes)).name == f"run-logo-lambda0.0001{suffix}"
+    assert checked(usual_config(**changes)).name == f"run-logo-affcosine-ratio0.1{suffix}"
 
 
 def test_global_crops_are_in_the_name():
     cfg = usual_config()
     for crop in cfg.augmentations[:2]:
         crop.rrc.crop_min_scale = 0.2
-    assert checked(cfg).name == "run-logo-lambda0.0001-g2x32s0.2-1"
+    assert checked(cfg).name == "run-logo-affcosine-ratio0.1-g2x32s0.2-1"
     cfg = usual_config()
     cfg.data.dataset = "imagenet100"  # with CIFAR's crops
-    assert checked(cfg).name == "run-logo-lambda0.0001-g2x32s0.4-1-l2x32s0.05-0.4"
+    assert checked(cfg).name == "run-logo-affcosine-ratio0.1-g2x32s0.4-1-l2x32s0.05-0.4"
 
 
 def test_long_names():
     """A hash stands for what no file name can hold; the settings themselves are in args.json."""
-    logo = {"local_weight": 0.123456, "local_global_weight": 0.123456, "affinity_hidden_dim": 128, "fast_crops": True}
+    logo = {"local_weight": 0.123456, "local_global_weight": 0.123456, "local_predictor": True, "fast_crops": True}
     found = []
     for scale in (0.31, 0.32):
         cfg = usual_config(logo, rrc__crop_max_scale=scale)
@@ -223,7 +275,7 @@ def test_name_of_another_method():
     with pytest.raises(ValueError, match=r"are ressl's.*LoGo cannot carry ressl: it has one direction only"):
         checked(compose("cifar", "ressl", "+logo=byol"))
     cfg = checked(compose("imagenet-100", "byol", "+logo=simsiam", "name=mine"))
-    assert cfg.name == "mine-logo-lambda0.0001"
+    assert cfg.name == "mine-logo-affcosine-ratio0.1"
     for name in ("byol", "byol2", "byols", "my-simsiam"):
         cfg = usual_config()
         cfg.name = name
@@ -284,13 +336,14 @@ def test_overlay(method):
     assert (cfg.data.num_large_crops, cfg.data.num_small_crops) == (2, 2)
     assert set(cfg.method_kwargs.logo) == set(adapter.OPTIONS)
     cfg = methods.METHODS[cfg.method].add_and_assert_specific_cfg(cfg)
-    assert dict(cfg.method_kwargs.logo) == adapter.OPTIONS | {"local_weight": 0.5}  # the overlay gives the defaults
+    resolved = {"affinity": "cosine", "anneal_repulsion": True, "local_weight": 0.5}
+    assert dict(cfg.method_kwargs.logo) == adapter.OPTIONS | resolved  # the overlay gives the defaults
 
 
 @pytest.mark.parametrize("method", ["vicreg", "vibcreg"])
 def test_overlay_of_a_config_with_its_own_crops(method):
     cfg = checked(compose("cifar", method, f"+logo={method}_cifar"))
-    assert cfg.name == f"{method}-cifar10-logo-lambda0.0001"
+    assert cfg.name == f"{method}-cifar10-logo-affcosine-ratio0.1"
     assert [crop.crop_size for crop in cfg.augmentations] == [32, 32, [32, 32]]
     cfg = compose("cifar", method, f"+logo={method}_cifar", "augmentations=logo_stl10")
     assert [crop.crop_size for crop in cfg.augmentations] == [96, 96, [96, 96]]
@@ -303,6 +356,7 @@ def test_preset_in_one_word():
     cfg = adapter.LoGoBYOL.add_and_assert_specific_cfg(compose("imagenet-100", "byol", "+logo=byol", *overrides))
     assert dict(cfg.method_kwargs.logo) == adapter.OPTIONS | PRESETS["paper"] | {
         "preset": "paper",
+        "affinity": "learned",
         "positive_noise": 0.1,
     }
 

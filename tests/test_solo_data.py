@@ -59,7 +59,7 @@ def test_first_try_runs(folder, tmp_path):
         [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    (saved,) = tmp_path.glob("trained_models/logo_byol/*/byol-custom-dataset-logo-lambda0.0001-g2x64*.ckpt")
+    (saved,) = tmp_path.glob("trained_models/logo_byol/*/byol-custom-dataset-logo-affcosine-ratio0.1-g2x64*.ckpt")
     assert torch.load(saved, weights_only=False)["global_step"] == 1
     assert clean()
 
@@ -215,7 +215,7 @@ def test_dali(folder):
     from solo.data.pretrain_dataloader import FullTransformPipeline, NCropAugmentation
 
     overrides = ("data.dataset=custom", "data.format=dali", "augmentations.2.num_crops=3")
-    cfg = compose("custom", "byol", "+logo=[byol,first_try]", *overrides)
+    cfg = compose("custom", "byol", "+logo=[byol,first_try]", "method_kwargs.logo.affinity=learned", *overrides)
     pipelines = [
         NCropAugmentation(
             dali_dataloader.build_transform_pipeline_dali("custom", crop, dali_device="cpu"), crop.num_crops

@@ -85,8 +85,8 @@ def checked(given: Any, *, hidden: bool = False) -> dict[str, Any]:
     try:
         options = OPTIONS | with_preset(given.get("preset"), given)
         if affinity is None:
-            usable = options["local_weight"] is not None or not hidden
-            options["affinity"] = "learned" if options["preset"] else usable and "cosine"
+            told = options["local_weight"] is not None or options["gradient_ratio"] is not None
+            options["affinity"] = "learned" if options["preset"] else (told or not hidden) and "cosine"
         _refuse_idle(options)
         # A module stands in for what is built later.
         scorer = nn.CosineSimilarity() if options["affinity"] == "learned" else options["affinity"] or None
@@ -111,7 +111,9 @@ def checked(given: Any, *, hidden: bool = False) -> dict[str, Any]:
 
 def differing(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that are not as the defaults or the named preset have them."""
-    usual = OPTIONS | PRESETS.get(options["preset"], {}) | {"anneal_repulsion": options["affinity"] == "cosine"}
+    usual = OPTIONS | {"anneal_repulsion": options["affinity"] == "cosine"}
+    if options["preset"]:
+        usual |= {"affinity": "learned"} | PRESETS[options["preset"]]
     return {name: value for name, value in options.items() if value not in (None, usual[name])}
 
 

@@ -7,7 +7,7 @@ import torch
 from logo_plugin.adapters.solo.options import PREFIX
 from omegaconf import DictConfig, ListConfig
 
-from logo_plugin.losses import PRESETS
+from logo_plugin.losses import PRESETS, LoGoLoss
 from logo_plugin.modes import eval_mode
 
 _SIZE_HINTS = {"vit": "+backbone.kwargs.dynamic_img_size=True", "swin": "+backbone.kwargs.strict_img_size=False"}
@@ -55,7 +55,7 @@ def refuse_ratio(options: Mapping[str, Any], method: str) -> None:
         origin = ""
         if ratio == PRESETS.get(preset, {}).get("gradient_ratio"):
             origin = f" (of {PREFIX}preset={preset})"
-        elif options["affinity"] == "cosine":
+        elif options["affinity"] == "cosine" and ratio == LoGoLoss(affinity="cosine").gradient_ratio:
             origin = f" (which {PREFIX}affinity=cosine has unless told)"
         raise ValueError(
             f"{PREFIX}gradient_ratio={ratio}{origin} compares gradients at the projection, and {method} does not "

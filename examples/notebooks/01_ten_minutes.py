@@ -4,7 +4,8 @@
 # You know BYOL, MoCo or SimSiam: two crops of an image, pulled together. LoGo ([Zhang et al., CVPR
 # 2022](https://arxiv.org/abs/2203.17205)) adds two small crops and asks a question: if one shows an eye and the other
 # a sleeve, why should their features agree? So small crops are pulled to the large ones, and pushed away from each
-# other. How alike two small crops are is judged by a small network trained alongside, the *affinity*.
+# other. By default what is repelled is the cosine of their projections, less and less as training goes on. In the paper
+# a small network trained alongside, the *affinity*, judges how alike two small crops are (`affinity="learned"`).
 #
 # ## Install
 #
@@ -28,7 +29,7 @@
 # | a solo-learn clone | `+logo=byol` on the command line | [solo-learn](../../docs/solo-learn.md) |
 # | a stable-pretraining module | `module = wrap(module)` | [stable-pretraining](../../docs/stable-pretraining.md) |
 # | a network, no framework | `learner = LoGoLearner(net)` | [LoGoLearner](../../docs/learner.md) |
-# | your own loop | `LoGoLoss(affinity=Affinity(dim))` | [plain PyTorch](../../docs/pytorch.md) |
+# | your own loop | `LoGoLoss(affinity="cosine")` | [plain PyTorch](../../docs/pytorch.md) |
 #
 # In all but solo-learn the crops come from the `DataLoader`: `collate_fn=MultiCropCollate()`, and no transform in the
 # dataset ([crops](../../docs/crops.md)).
@@ -36,8 +37,9 @@
 # A ResNet takes the 96 px local crops as it is. A ViT or Swin has to be built for them: with timm
 # `dynamic_img_size=True` for a ViT, `strict_img_size=False` for a Swin; or use `MultiCropCollate(local_size=224)`.
 #
-# `make demo` compares two crops, plain multi-crop and LoGo on photographs in a few minutes. The rest of this page
-# shows what the line does. It runs on a CPU, on photographs that come with scikit-image (`pip install '.[examples]'`).
+# `make demo` compares two crops, plain multi-crop and LoGo on photographs in a few minutes. The rest of this page takes
+# the paper's objective apart, with the affinity. It runs on a CPU, on photographs that come with scikit-image
+# (`pip install '.[examples]'`).
 
 # %%
 import copy
@@ -138,6 +140,10 @@ by_hand = dict(zip(("total", "global_global", "local_global", "local_local", "af
 # | `local_global` | the same from local to global crops |
 # | `local_local` | how alike the affinity finds two local crops of an image; LoGo pushes this down |
 # | `affinity` | how well the affinity tells pairs from one image from pairs from two; 1.39 (2 ln 2) is guessing |
+#
+# With `affinity="cosine"` there is no `f`: `local_local` is the mean cosine of `z[2]` and `z[3]`, and `affinity` is 0.
+# In place of 1e-4 comes the weight that makes the repulsion's gradient a tenth of the pull's (`gradient_ratio=0.1`),
+# times a half cosine that falls from 1 to 0 over the training.
 
 # %%
 criterion = LoGoLoss(affinity=f, positive_noise=0.0)
@@ -166,15 +172,17 @@ for name, term in list(terms._asdict().items())[1:]:
 # %% [markdown]
 # ## A short training
 #
-# `LoGoLearner` puts BYOL with LoGo around a network; the loop is yours. This takes one minute on one core, so it shows
-# what the terms do, not how good the features are.
+# `LoGoLearner` puts BYOL with LoGo around a network; the loop is yours. With the default affinity it would also call
+# `learner.criterion.anneal(step / steps)` before each step. This takes one minute on one core, so it shows what the
+# terms do, not how good the features are.
 
 # %%
 torch.manual_seed(0)
 net = small_network()
 learner = LoGoLearner(
-    net, method="byol", image_size=(48, 32), hidden_dim=256, output_dim=64, predictor_dim=256, momentum=0.98
-)
+    net, method="byol", image_size=(48, 32), affinity="learned", hidden_dim=256, output_dim=64, predictor_dim=256,
+    momentum=0.98,
+)  # fmt: skip
 untrained = copy.deepcopy(learner)
 optimizer = torch.optim.SGD(learner.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
 history = []
@@ -256,10 +264,10 @@ axes[0].legend(fontsize=8)
 print({name: round(value, 2) for name, value in diagnose(z[2:], learner.criterion.affinity).items()})
 
 # %% [markdown]
-# Pair by pair the affinity is at chance. It does well only where the same-image pairs are a batch of their own, as in
-# training: the statistics of the batch then give away which kind it is, and the loss can fall without a single pair
-# being judged. Mixed into one batch, nearly all of it is gone. So a falling affinity loss is no proof that the
-# affinity has learned which crops belong together; `affinity_accuracy` of `diagnose` and of
+# Pair by pair the affinity is hardly better than chance. Only where the same-image pairs are a batch of their own, as
+# in training, do the two kinds come apart: the statistics of the batch then give away which kind it is, and the loss
+# can fall without a single pair being judged. Mixed into one batch, it is gone. So a falling affinity loss is no proof
+# that the affinity has learned which crops belong together; `affinity_accuracy` of `diagnose` and of
 # [LoGoMonitor](../../docs/monitor.md) asks pair by pair, for this reason. This was a hundred steps of a tiny network;
 # whether longer runs get further is not shown here.
 #

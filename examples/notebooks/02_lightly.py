@@ -93,7 +93,7 @@ axes[0].plot(*curves_before["loss"], color="tab:gray", label="before")
 axes[0].plot(*curves_after["loss"], color="tab:red", label="after")
 axes[0].set(title="loss of your training_step", xlabel="step")
 axes[0].legend()
-for name in ("global_global", "local_global", "local_local", "affinity"):
+for name in ("global_global", "local_global", "local_local"):
     axes[1].plot(*curves_after[f"logo/{name}"], label=name)
 axes[1].set(title="after: LoGo's terms, unweighted", xlabel="step")
 _ = axes[1].legend(fontsize=8, ncols=2)
@@ -101,24 +101,17 @@ _ = axes[1].legend(fontsize=8, ncols=2)
 # %% [markdown]
 # ## What the monitor logged
 #
-# Similarities of local crops, spread of the features, and whether the affinity judges single pairs correctly ([what the
-# numbers mean](../../docs/monitor.md)).
+# Similarities of local crops and spread of the features ([what the numbers mean](../../docs/monitor.md)).
 
 # %%
-figure, axes = plt.subplots(1, 4, figsize=(12, 2.6), layout="constrained")
+figure, axes = plt.subplots(1, 3, figsize=(10, 2.6), layout="constrained")
 axes[0].plot(*curves_after["logo/local_local_similarity"], label="same image")
 axes[0].plot(*curves_after["logo/other_image_similarity"], label="other image")
 axes[0].set(title="cosine of local crops", xlabel="step", ylim=(-0.1, 1))
 axes[0].legend(fontsize=8)
-for axis, name, limits in zip(
-    axes[1:],
-    ("embedding_std", "effective_rank", "affinity_accuracy"),
-    ((0, 1.1), (0, None), (0, 1)),
-    strict=True,
-):
+for axis, name, limits in zip(axes[1:], ("embedding_std", "effective_rank"), ((0, 1.1), (0, None)), strict=True):
     axis.plot(*curves_after[f"logo/{name}"])
     axis.set(title=name, xlabel="step", ylim=limits)
-_ = axes[3].axhline(0.5, color="gray", linestyle=":")
 
 # %% [markdown]
 # Once an epoch it also keeps a picture of the crops, here of the first: one row for each image, globals first.
@@ -129,19 +122,15 @@ Image.open(folder / "after/lightning_logs/version_0/logo_crops/epoch_0000.png").
 )
 
 # %% [markdown]
-# `affinity_accuracy` goes up and down around 0.5, which is chance, while the affinity's loss above falls. The
-# monitor is right: the [quickstart](01_ten_minutes.ipynb) takes the affinity apart.
-#
 # ## The backbone is yours
 #
-# `wrap` adds the affinity to the model and changes nothing of what was there: the trained backbone loads into an
-# unwrapped one.
+# `wrap` changes nothing of what was there, and as it comes adds no parameter: the trained backbone loads into an
+# unwrapped one, and so does the whole checkpoint.
 
 # %%
 fresh = two_crops["BYOL"]().backbone
 print(fresh.load_state_dict(logo["model"].backbone.state_dict()))
-added = set(logo["model"].state_dict()) - set(two_crops["model"].state_dict())
-print("added to the checkpoint:", *sorted({name.rsplit(".", 2)[0] for name in added}))
+print(two_crops["BYOL"]().load_state_dict(logo["model"].state_dict()))
 x = torch.rand(2, 3, 48, 48)
 with torch.no_grad():
     print("same features:", torch.equal(fresh.eval()(x), logo["model"].backbone.eval()(x)))

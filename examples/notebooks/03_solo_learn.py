@@ -69,7 +69,7 @@ composed = run("main_pretrain.py", *PRETRAIN, "--cfg", "job", "--package", "meth
 
 # %% [markdown]
 # `--cfg job` prints the composed config and trains nothing. Every option of LoGo is there to be changed, for example
-# with `method_kwargs.logo.gradient_ratio=0.1`; `null` stands for the default.
+# with `method_kwargs.logo.affinity=learned`, the paper's; `null` stands for the default.
 
 # %%
 print(composed)
@@ -88,13 +88,14 @@ saved = json.loads(arguments.read_text())
 print({name: saved[name] for name in ("method", "name")}, saved["method_kwargs"]["logo"])
 
 # %% [markdown]
-# Lambda is in the run's name, so that solo-learn's auto-resume does not take one run of a sweep for another.
+# What is repelled, how strongly, and the crops are in the run's name, so that solo-learn's auto-resume does not take
+# one run of a sweep for another.
 #
 # ## Reading the logs
 #
 # Without W&B, Lightning writes for TensorBoard, or CSV files where that is not installed. solo-learn's own metrics are
 # there as ever. LoGo's terms are four of the `train_*`; the monitor's values begin with `logo/`. BYOL's loss is 2 - 2
-# cos in solo-learn, and `train_affinity` at 1.39, which is 2 ln 2, is guessing.
+# cos in solo-learn; `train_affinity` is 0 unless `affinity=learned`.
 
 # %%
 logs = EventAccumulator(str(folder / "lightning_logs/version_0"))
@@ -102,12 +103,11 @@ logs.Reload()
 names = logs.Tags()["scalars"]
 print(*names)
 groups = {
-    "terms": [f"train_{name}" for name in ("global_global", "local_global", "local_local", "affinity")],
+    "terms": [f"train_{name}" for name in ("global_global", "local_global", "local_local")],
     "cosine of local crops": ["logo/local_local_similarity", "logo/other_image_similarity"],
     "spread": ["logo/embedding_std"],
-    "affinity": ["logo/affinity_accuracy"],
 }
-figure, axes = plt.subplots(1, 4, figsize=(12, 2.8), layout="constrained")
+figure, axes = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained")
 for axis, (title, group) in zip(axes, groups.items(), strict=True):
     for name in group:
         events = logs.Scalars(name if name in names else f"{name}_step")

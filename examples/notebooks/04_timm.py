@@ -71,14 +71,15 @@ for axis, view, kind in zip(axes, crops, ("global", "global", "local", "local"),
 # ## A few steps each
 #
 # `wrap` adds LoGo to lightly's BYOL around the network. `head_hidden_size` is the width of the features
-# (`num_features` is another number for some of timm's models).
+# (`num_features` is another number for some of timm's models). The repulsion falls to nothing over the training; a
+# Trainer says how far that is, in this loop `anneal` does.
 
 # %%
 networks = {
     "vit_tiny_patch16_224": timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True),
     "convnext_atto": timm.create_model("convnext_atto", num_classes=0),
 }
-models = {}
+STEPS, models = 4, {}
 for name, net in networks.items():
     torch.manual_seed(0)
     model = models[name] = wrap(BYOL(net, net.head_hidden_size))
@@ -86,7 +87,8 @@ for name, net in networks.items():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     batches = DataLoader(samples, batch_size=6, shuffle=True, drop_last=True, collate_fn=collate)
     print(f"\n{name}, {sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters")
-    for step, (views, _) in zip(range(4), batches, strict=False):
+    for step, (views, _) in zip(range(STEPS), batches, strict=False):
+        model.logo.anneal(step / STEPS)
         loss = model.training_step([views], step)
         optimizer.zero_grad()
         loss.backward()
@@ -116,7 +118,7 @@ for name, net in networks.items():
 # %% [markdown]
 # ## Export
 #
-# The network that you built was trained in place: heads, momentum copy and affinity are around it and stay behind.
+# The network that you built was trained in place: heads and momentum copy are around it and stay behind.
 # What you save is a plain timm state dict, for a plain timm model, also one built for 224 px only.
 
 # %%

@@ -3,7 +3,6 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logo_plugin.checks import options_by_name, positive_integer
@@ -118,9 +117,17 @@ class CosineAffinity(nn.Module):
         Returns:
             Cosine similarities, (...), in [-1, 1].
         """
-        return F.cosine_similarity(full_precision(first), full_precision(second), dim=-1)
+        return (unit(first) * unit(second)).sum(-1)
 
 
 def full_precision(x: Tensor) -> Tensor:
     """Half-precision tensors as float32, others as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def unit(x: Tensor) -> Tensor:
+    """Divided by the norm, unless that is nothing in x's precision: then the gradient, 1 / norm, would overflow."""
+    least = max(1e-8, torch.finfo(x.dtype).tiny)  # the cosine's usual one; in float16 6e-5
+    x = full_precision(x)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(norm > least, norm, 1.0)

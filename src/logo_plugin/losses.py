@@ -13,6 +13,7 @@ from logo_plugin.affinity_terms import affinity_loss, affinity_terms, local_loca
 from logo_plugin.checks import Views, as_views, flag, options_by_name, same_shape, shapes
 from logo_plugin.checks import choice as _choice
 from logo_plugin.checks import weight as _weight
+from logo_plugin.compiling import eager
 from logo_plugin.presets import PRESETS, with_preset
 from logo_plugin.similarities import Similarity, info_nce, mean_over_pairs, mean_target, negative_cosine
 
@@ -337,7 +338,8 @@ class LoGoLoss(nn.Module):
             total = total + self.local_weight * strength * local_local
         elif torch.is_grad_enabled():  # else there is none to compare
             source = [local_proj] if isinstance(local_proj, Tensor) else proj
-            total = total + _capped_weight(pull, local_local, source, self.gradient_ratio * strength) * local_local
+            weight = _capped_weight(pull, local_local, source, preds, self.gradient_ratio * strength)
+            total = total + weight * local_local
         return LoGoTerms(total + affinity, global_global, local_global, local_local, affinity)
 
     def extra_repr(self) -> str:
@@ -364,8 +366,18 @@ def _takes_pairs(module: nn.Module) -> bool:
     return True
 
 
-def _capped_weight(pull: Tensor, local_local: Tensor, proj: Sequence[Tensor], ratio: float | Tensor) -> Tensor:
+@eager  # torch.compile would see no way from proj to preds, and take the gradient for zero
+def _capped_weight(
+    pull: Tensor, local_local: Tensor, proj: Sequence[Tensor], preds: Sequence[Tensor], ratio: float | Tensor
+) -> Tensor:
     """Largest weight <= 1 that keeps local_local's gradient at proj within `ratio` of pull's."""
+    graphs = {z.grad_fn for z in proj} - {None}
+    if any(pred.grad_fn in graphs and all(pred is not z for z in proj) for pred in preds):
+        raise RuntimeError(
+            "gradient_ratio compares gradients at local_proj, and local_pred comes out of one graph of torch.compile "
+            "with it, through which no gradient goes from one to the other. Compile encoder and predictor apart, or "
+            "give a fixed local_weight."
+        )
     norms = []
     for term in (pull, local_local):
         gradients: Sequence[Tensor | None] = [None]

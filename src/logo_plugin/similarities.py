@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from logo_plugin.affinity import full_precision
+from logo_plugin.affinity import full_precision, unit
 from logo_plugin.checks import same_shape
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
@@ -15,7 +15,7 @@ Similarity = Callable[[Tensor, Tensor], Tensor]
 
 def negative_cosine(pred: Tensor, target: Tensor) -> Tensor:
     """Negative cosine similarity, mean over the batch (SimSiam, BYOL): (N, D), (N, D) -> scalar in [-1, 1]."""
-    return -(_unit(pred) * _unit(target)).sum(-1).mean(-1)
+    return -(unit(pred) * unit(target)).sum(-1).mean(-1)
 
 
 def info_nce(pred: Tensor, target: Tensor, *, queue: Tensor | None = None, temperature: float = 0.2) -> Tensor:
@@ -96,14 +96,14 @@ def mean_target(targets: Sequence[Tensor]) -> Tensor:
 
 def _mean_cosine(preds: Tensor, targets: Tensor, apart: bool) -> Tensor:
     """The mean over targets of the cosine is the dot product with the mean of their directions."""
-    t = _unit(targets)
+    t = unit(targets)
     if not apart:
         t = t.mean(0)
     elif len(t) == 2:
         t = t.flip(0)
     else:
         t = (t.sum(0) - t) / (len(t) - 1)
-    return -(_unit(preds) * t).sum(-1).mean(-1).mean()
+    return -(unit(preds) * t).sum(-1).mean(-1).mean()
 
 
 def _info_nce(pred: Tensor, target: Tensor, queue: Tensor | None, temperature: float) -> Tensor:
@@ -113,7 +113,7 @@ def _info_nce(pred: Tensor, target: Tensor, queue: Tensor | None, temperature: f
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature!r}.")
     with torch.autocast(pred.device.type, enabled=False):
-        pred, target = _unit(pred) / temperature, _unit(target)
+        pred, target = unit(pred) / temperature, unit(target)
         if queue is None:
             logits = (pred @ target.mT).flatten(0, -2)
             images = pred.shape[-2]
@@ -123,11 +123,3 @@ def _info_nce(pred: Tensor, target: Tensor, queue: Tensor | None, temperature: f
         positive = (pred * target).sum(-1)
         # -log of the share of the positive: log(1 + exp(negatives - positive)).
         return F.softplus(negatives - positive, threshold=40).mean()
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Divided by the norm, unless that is nothing in x's precision: then the gradient, 1 / norm, would overflow."""
-    least = max(1e-8, torch.finfo(x.dtype).tiny)  # the cosine's usual one; in float16 6e-5
-    x = full_precision(x)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(norm > least, norm, 1.0)
