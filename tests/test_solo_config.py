@@ -271,9 +271,9 @@ def test_name_of_another_method():
     with pytest.raises(ValueError, match=message):
         checked(compose("imagenet-100", "byol", "+logo=simsiam"))
     with pytest.raises(ValueError, match=r"--config-name=barlow.yaml \+logo=barlow_twins.*choose \+logo=simclr"):
-        checked(compose("cifar", "simclr", "+logo=barlow_twins"))
+        checked(compose("cifar", "simclr", "+logo=barlow_twins", "augmentations=logo_cifar"))
     with pytest.raises(ValueError, match=r"are ressl's.*LoGo cannot carry ressl: it has one direction only"):
-        checked(compose("cifar", "ressl", "+logo=byol"))
+        checked(compose("cifar", "ressl", "+logo=byol", "augmentations=logo_cifar"))
     cfg = checked(compose("imagenet-100", "byol", "+logo=simsiam", "name=mine"))
     assert cfg.name == "mine-logo-affcosine-ratio0.1"
     for name in ("byol", "byol2", "byols", "my-simsiam"):
@@ -330,9 +330,10 @@ def test_overlay(method):
     folder = "imagenet-100"
     if not Path(ROOT, "scripts/pretrain", folder, f"{name}.yaml").is_file():
         folder = "cifar"
-    cfg = compose(folder, name, f"+logo={method}", "method_kwargs.logo.local_weight=0.5")
+    crops = ["augmentations=logo_cifar"] if folder == "cifar" else []
+    cfg = compose(folder, name, f"+logo={method}", "method_kwargs.logo.local_weight=0.5", *crops)
     assert cfg.method == f"logo_{method}"
-    assert [crop.crop_size for crop in cfg.augmentations] == [224, 224, 96]
+    assert [crop.crop_size for crop in cfg.augmentations] == ([32, 32, [32, 32]] if crops else [224, 224, 96])
     assert (cfg.data.num_large_crops, cfg.data.num_small_crops) == (2, 2)
     assert set(cfg.method_kwargs.logo) == set(adapter.OPTIONS)
     cfg = methods.METHODS[cfg.method].add_and_assert_specific_cfg(cfg)
@@ -527,3 +528,24 @@ def test_placement_needs_fast_crops():
 def test_overlap_needs_boxes():
     with pytest.raises(ValueError, match=r"weigh_overlap needs the crops' boxes: set method_kwargs\.logo\.fast_crops"):
         build("logo_byol", {"weigh_overlap": True})
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["+method_kwargs.logo.local_weight=0.01"],
+        ["+logo=first_try"],
+        ["+logo=byol", "method=byol"],
+    ],
+)
+def test_options_that_the_method_would_ignore(overrides):
+    with pytest.raises(ValueError, match=r"method=byol knows nothing of .*without LoGo\. Set method=logo_byol"):
+        compose("imagenet-100", "byol", *overrides)
+
+
+@pytest.mark.parametrize(("method", "dataset"), [("byol", "cifar"), ("simsiam", "cifar")])
+def test_photographs_crops_on_small_images(method, dataset):
+    with pytest.raises(ValueError, match=r"dataset=cifar10 .*224 and 96 px. Add augmentations=logo_cifar"):
+        compose(dataset, method, f"+logo={method}")
+    cfg = compose(dataset, method, f"+logo={method}", "augmentations.0.crop_size=192", "augmentations.1.crop_size=192")
+    assert cfg.augmentations[0].crop_size == 192

@@ -64,4 +64,16 @@ def check_config(cfg: DictConfig) -> None:
     counts = [0, 0]
     for crop in crops:
         counts[is_local(crop, crops[0])] += crop.num_crops
+    _check_sizes(cfg)
     check_counts(cfg, *counts, affinity=OmegaConf.select(cfg, "method_kwargs.logo.affinity", default=True) is not False)
+
+
+def _check_sizes(cfg: DictConfig) -> None:
+    """The overlays come with ImageNet's crops, as large as no image of CIFAR or STL-10."""
+    dataset = cfg.data.dataset
+    if dataset in _OVERLAYS and cfg.get("augmentations") == usual_augmentations("imagenet"):
+        raise ValueError(
+            f"data.dataset={dataset} with augmentations=logo_imagenet, which +logo= brings: crops of 224 and 96 px. "
+            f"Add augmentations={_OVERLAYS[dataset]} (for vicreg and vibcreg +logo=vicreg_cifar, +logo=vibcreg_cifar), "
+            "or another size, as in augmentations.0.crop_size=192, if you want them large."
+        )

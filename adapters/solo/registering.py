@@ -9,7 +9,7 @@ from logo_plugin.adapters.solo.crops import check_config
 from logo_plugin.adapters.solo.formats import check_format
 from logo_plugin.adapters.solo.methods import KNOWN
 from logo_plugin.adapters.solo.refused import reason
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from solo import methods
 from solo.methods.base import BaseMethod
 from solo.utils.checkpointer import Checkpointer
@@ -54,4 +54,11 @@ def _after_check(stock: Callable[[DictConfig], DictConfig], cfg: DictConfig) -> 
             raise TypeError(f"LoGo cannot carry {host.__name__}: {why_not}")
         check_config(cfg)
         check_format(cfg)
+    elif OmegaConf.select(cfg, "method_kwargs.logo") is not None:
+        known = f"logo_{method}" in methods.METHODS
+        cure = f"Set method=logo_{method}, or leave it out." if known else "Leave it out."
+        raise ValueError(
+            f"method={method} knows nothing of method_kwargs.logo, and would train without LoGo. {cure} In a config's "
+            "defaults list, +logo= and its kind must come after what sets the method."
+        )
     return stock(cfg)

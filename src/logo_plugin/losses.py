@@ -94,6 +94,8 @@ class LoGoLoss(nn.Module):
         >>> terms.total.backward()
     """
 
+    _strength: Tensor | None  # of an annealed repulsion, a scalar in [0, 1]
+
     @options_by_name
     def __init__(
         self,
