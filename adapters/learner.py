@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -106,6 +107,7 @@ class LoGoLearner(nn.Module):
             **options,
         )
         self.terms: LoGoTerms | None = None
+        self._warned = False
         self.to(next(backbone.parameters()).device)
 
     def forward(self, views: Sequence[Tensor]) -> Tensor:
@@ -123,6 +125,7 @@ class LoGoLearner(nn.Module):
         if learns and self.target is not None:
             online = [*self.backbone.parameters(), *self.projector.parameters()]
             _check_sharding(self, online)
+            self._warn_of_half_precision(online)
             for old, new in zip(self.target.parameters(), online, strict=True):
                 old.lerp_(new.detach(), 1 - self.momentum)
         proj, pred = self._online(views[:count])
@@ -140,6 +143,15 @@ class LoGoLearner(nn.Module):
             self.queue = torch.cat([keys.to(self.queue), self.queue], dim=1)[:, : self.queue.shape[1]].clone()
         self.terms = terms.detach()
         return terms.total
+
+    def _warn_of_half_precision(self, online: Sequence[Tensor]) -> None:
+        if not self._warned and any(p.dtype.itemsize < 4 for p in online):
+            self._warned = True
+            warnings.warn(
+                f"the target moves by {1 - self.momentum:.2g} of its distance a step, most of which half precision "
+                "rounds away: it lags behind. Keep the parameters in float32 and forward under torch.autocast.",
+                stacklevel=3,
+            )
 
     def _online(self, views: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         proj = [self.projector(self.backbone(view).flatten(1)) for view in views]

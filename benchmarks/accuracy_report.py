@@ -38,6 +38,8 @@ COLOURS = {
 }
 MAIN = tuple(COLOURS)
 PAIRS = (
+    ("cosine, annealed", "2 crops, equal compute"),
+    ("cosine, annealed", "multi-crop"),
     ("multi-crop", "2 crops, equal compute"),
     ("multi-crop", "2 crops, equal seconds"),
     ("multi-crop", "2 crops, equal compute, lr x 2"),
@@ -45,8 +47,6 @@ PAIRS = (
     ("learned affinity", "multi-crop"),
     ("cosine", "2 crops, equal compute"),
     ("cosine", "multi-crop"),
-    ("cosine, annealed", "2 crops, equal compute"),
-    ("cosine, annealed", "multi-crop"),
     ("cosine, annealed", "cosine"),
     ("release", "2 crops, equal compute"),
     ("release", "multi-crop"),

@@ -72,9 +72,9 @@ STAGES = [
     ("imagenette", "moco-both", ["cosine, annealed"], [0], 60),
     # It ends above multi-crop in the first six pairs: more of them.
     ("imagenette", "byol", ["multi-crop", "cosine, annealed"], [3, 4], 60),
-    ("collages", "moco-both", [*MAIN[:3], "cosine"], [3, 4, 5], 11),
+    ("collages", "moco-both", [*MAIN[:3], "cosine", "cosine, annealed"], [3, 4, 5], 11),
     ("imagenette", "simsiam", CHOOSERS, [0, 1, 2], 11),
-    ("imagenette", "simsiam", MAIN[:3], [3, 4, 5], 11),
+    ("imagenette", "simsiam", [*MAIN[:3], "cosine, annealed"], [3, 4, 5], 11),
     ("imagenette", "byol", ["cosine"], [0, 1, 2], 60),
     ("imagenette", "moco-both", ["lambda 1e-05"], [0, 3, 4], 60),
     ("imagenette", "moco-both", [*MAIN[3:], *KEY], [3, 4, 5], 11),

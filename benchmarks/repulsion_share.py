@@ -1,7 +1,7 @@
 """How strong the repulsion of a fixed lambda is, as the affinity learns: its share of the gradient, step by step.
 
     python benchmarks/repulsion_share.py --data data    # Imagenette, BYOL, learned affinity, 11 epochs
-    python benchmarks/repulsion_share.py --data data --runs accuracy_runs/imagenette/60/*-LoGo-*/  # at their end
+    python benchmarks/repulsion_share.py --data data --runs accuracy_runs/imagenette/60/*learned*/  # at their end
 
 Every 25 steps: the norm of `local_weight` times local_local's gradient at the local crops' projections, in percent of
 the norm of local_global's with its weight in the loss. That is what `gradient_ratio` caps. Of finished runs of
