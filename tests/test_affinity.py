@@ -153,7 +153,11 @@ def test_a_whole_model_in_half_precision(method, options):
     queue = {"affinity": "learned"} | ({"queue_size": 16} if method == "moco" else {})
     learner = LoGoLearner(net, method, image_size=(16, 12), hidden_dim=16, output_dim=8, **queue, **options)
     learner.to(torch.bfloat16)
-    says = contextlib.nullcontext() if method == "simsiam" else pytest.warns(UserWarning, match="half precision rounds away")
+    says = (
+        contextlib.nullcontext()
+        if method == "simsiam"
+        else pytest.warns(UserWarning, match="half precision rounds away")
+    )
     with says as said:  # of its target, once
         for _ in range(2):
             loss = learner([torch.randn(4, 3, side, side, dtype=torch.bfloat16) for side in (16, 16, 12, 12)])
