@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from logo_plugin.affinity import Affinity, full_precision
 from logo_plugin.checks import choice, flag, positive_integer, unknown_option, views_alone
+from logo_plugin.compiling import with_gradients_inside
 from logo_plugin.losses import LoGoLoss, LoGoTerms, info_nce
 from logo_plugin.modes import eval_mode
 from logo_plugin.recomputing import local_forwards
@@ -112,6 +113,11 @@ class LoGoLearner(nn.Module):
 
     def forward(self, views: Sequence[Tensor]) -> Tensor:
         """Gives the loss (scalar) of views (N, C, H, W), globals first, as `MultiCropCollate` makes them."""
+        if self.criterion.gradient_ratio is None:
+            return self._loss(views)
+        return with_gradients_inside(self._loss, views)
+
+    def _loss(self, views: Sequence[Tensor]) -> Tensor:
         if isinstance(views, Tensor):
             raise TypeError("LoGoLearner takes a list of views, got a tensor; learner.backbone(x) gives features.")
         views_alone("LoGoLearner", views)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 _disable: Any = torch.compiler.disable
 
 
@@ -38,3 +39,10 @@ def gradients_inside() -> Iterator[None]:
         yield
     finally:
         config.donated_buffer = True
+
+
+@eager_frame
+def with_gradients_inside(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Calls the function, whose own frame is compiled, within `gradients_inside`."""
+    with gradients_inside():
+        return function(*args, **kwargs)

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from logo_plugin.affinity_terms import affinity_loss, affinity_terms, local_loca
 from logo_plugin.checks import Views, as_views, flag, options_by_name, same_shape, shapes
 from logo_plugin.checks import choice as _choice
 from logo_plugin.checks import weight as _weight
-from logo_plugin.compiling import eager
+from logo_plugin.compiling import eager, with_gradients_inside
 from logo_plugin.presets import PRESETS, with_preset
 from logo_plugin.similarities import Similarity, info_nce, mean_over_pairs, mean_target, negative_cosine
 
@@ -240,7 +241,8 @@ class LoGoLoss(nn.Module):
             raise ValueError(f"global_target has {len(targets)} views, global_pred has {len(preds)}; give one each.")
         same_shape("global_target", targets, "global_pred", preds)
         global_global = mean_over_pairs(similarity or self.similarity, preds, targets, apart=True)
-        return self.extend(
+        extend = self.extend if self.gradient_ratio is None else partial(with_gradients_inside, self.extend)
+        return extend(
             global_global,
             global_global=global_global,
             global_pairs=len(preds) * (len(preds) - 1),
