@@ -75,6 +75,8 @@ def main():
             net = timm.create_model(options.backbone, num_classes=0)
             model = lightly_models.METHODS["byol"](net, net.num_features).to(options.device)
             models.append(model if cheap is None else wrap(model, affinity="learned", checkpoint_local_crops=cheap))
+        for model in models:
+            seconds(model, batch)  # in its first step LoGo looks at more than it trains
         kept = [kept_bytes(model, batch) - sum(v.nbytes for v in views) for model in models]
         base = base or kept[0]
         times = [[] for _ in models]
