@@ -64,12 +64,15 @@ def check_config(cfg: DictConfig) -> None:
     counts = [0, 0]
     for crop in crops:
         counts[is_local(crop, crops[0])] += crop.num_crops
-    _check_sizes(cfg)
     check_counts(cfg, *counts, affinity=OmegaConf.select(cfg, "method_kwargs.logo.affinity", default=True) is not False)
 
 
-def _check_sizes(cfg: DictConfig) -> None:
-    """The overlays come with ImageNet's crops, as large as no image of CIFAR or STL-10."""
+def check_sizes(cfg: DictConfig) -> None:
+    """The overlays `+logo=` come with ImageNet's crops, as large as no image of CIFAR or STL-10.
+
+    Raises:
+        ValueError: If a config of those data sets has kept them.
+    """
     dataset = cfg.data.dataset
     if dataset in _OVERLAYS and cfg.get("augmentations") == usual_augmentations("imagenet"):
         raise ValueError(

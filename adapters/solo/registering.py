@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from logo_plugin.adapters.solo.checkpoints import check_checkpoint
-from logo_plugin.adapters.solo.crops import check_config
+from logo_plugin.adapters.solo.crops import check_config, check_sizes
 from logo_plugin.adapters.solo.formats import check_format
 from logo_plugin.adapters.solo.methods import KNOWN
 from logo_plugin.adapters.solo.refused import reason
@@ -54,6 +54,7 @@ def _after_check(stock: Callable[[DictConfig], DictConfig], cfg: DictConfig) -> 
             raise TypeError(f"LoGo cannot carry {host.__name__}: {why_not}")
         check_config(cfg)
         check_format(cfg)
+        check_sizes(cfg)
     elif OmegaConf.select(cfg, "method_kwargs.logo") is not None:
         known = f"logo_{method}" in methods.METHODS
         cure = f"Set method=logo_{method}, or leave it out." if known else "Leave it out."
