@@ -88,7 +88,6 @@ def test_distributed_example_keeps_two_ranks_identical(method, tmp_path):
 mine = torch.cat([p.detach().flatten() for p in model.parameters()])
 both = trainer.strategy.all_gather(mine)
 assert torch.equal(both[0], both[1])
-assert sum(p.numel() for p in model.logo.parameters()) > 0
 print("rank", trainer.global_rank, "identical", mine.numel())
 """
     out = run(PREPARE.format(here=str(Path(__file__).parent)) + source, tmp_path)
