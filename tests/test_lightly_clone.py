@@ -84,10 +84,12 @@ def test_distributed_example_keeps_two_ranks_identical(method, tmp_path):
     source = source.replace('devices="auto"', "devices=2").replace('accelerator="gpu"', 'accelerator="cpu"')
     source = source.replace('strategy="ddp"', "strategy=pl.strategies.DDPStrategy(process_group_backend='gloo')")
     source = source.replace("sync_batchnorm=True", "sync_batchnorm=False")
+    source = re.sub(r"wrap\((\w+)\(\)\)", r'wrap(\1(), affinity="learned")', source)  # parameters to keep equal, too
     source += """
 mine = torch.cat([p.detach().flatten() for p in model.parameters()])
 both = trainer.strategy.all_gather(mine)
 assert torch.equal(both[0], both[1])
+assert sum(p.numel() for p in model.logo.parameters()) > 0
 print("rank", trainer.global_rank, "identical", mine.numel())
 """
     out = run(PREPARE.format(here=str(Path(__file__).parent)) + source, tmp_path)

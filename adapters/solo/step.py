@@ -155,7 +155,7 @@ class LoGo(BaseMethod):
         ):
             local = [self(crop) for crop in crops[self.num_large_crops :]]
         local_proj = [output(out, proj, "proj") for out in local]
-        follow_trainer(self, self.logo)
+        follow_trainer(self)
         terms = self.logo.extend(
             host_loss,
             global_global=host_loss / scale,

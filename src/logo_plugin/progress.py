@@ -6,8 +6,9 @@ from typing import Any
 from logo_plugin.losses import LoGoLoss
 
 
-def follow_trainer(model: Any, logo: LoGoLoss) -> None:
+def follow_trainer(model: Any) -> None:
     """Tells an annealed repulsion how far the model's Trainer is, if it has one that knows where it ends."""
+    logo: LoGoLoss = model.logo
     if not logo.anneal_repulsion:
         return
     try:

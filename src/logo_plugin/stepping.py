@@ -113,7 +113,7 @@ def _logo_step(
                 f"{method} of {name} gives projections of local crops without gradient, so nothing could repel them. "
                 "torch.utils.checkpoint needs use_reentrant=False; or give affinity=None."
             )
-    follow_trainer(model, model.logo)
+    follow_trainer(model)
     terms = model.logo.extend(
         host_loss,
         global_global=observed.global_global,
