@@ -19,7 +19,7 @@ from logo_plugin.checks import choice, flag
 from logo_plugin.crops import MultiCropTransform
 from logo_plugin.diagnostics import diagnose
 from logo_plugin.losses import LoGoLoss, LoGoTerms
-from logo_plugin.picture import headings
+from logo_plugin.picture import headings, visible
 
 _IMAGES = 128  # measured of a batch: bounds what the eigenvalues cost, however large batch and projection are
 _COLLAPSED, _PATIENCE = 0.1, 10
@@ -229,16 +229,15 @@ def _global_crops(model: Any) -> int:
 
 def _picture(views: Sequence[Tensor], images: int, trainer: Any, global_crops: int) -> Tensor:
     """A grid, uint8 (3, H, W), with a row for each image: its crops, each at its own size, under two headings."""
-    collate = getattr(trainer.train_dataloader, "collate_fn", None)
+    loader = trainer.train_dataloader
+    makers = (getattr(loader, "collate_fn", None), getattr(getattr(loader, "dataset", None), "transform", None))
     # Where the statistics are not known the default, ImageNet's: colours are off by little.
-    known = collate if isinstance(collate, MultiCropTransform) else MultiCropTransform
-    mean, std = (torch.tensor(values[:3]).view(-1, 1, 1) for values in (known.mean, known.std))
+    known = next((maker for maker in makers if isinstance(maker, MultiCropTransform)), MultiCropTransform)
     height, width = (max(view.shape[i] for view in views) for i in (2, 3))
     columns = []
     for view in views:
-        pixels = (view[:images, :3].detach().float().cpu() * std + mean).clamp(0, 1)
-        pixels = pixels if pixels.shape[1] == 3 else pixels[:, :1].expand(-1, 3, -1, -1)
         down, across = height - view.shape[2], width - view.shape[3]
+        pixels = visible(view[:images], known.mean, known.std)
         columns.append(F.pad(pixels, (across // 2, across - across // 2, down // 2, down - down // 2), value=1.0))
     grid: Tensor = make_grid(torch.stack(columns, 1).flatten(0, 1), nrow=len(views), pad_value=1.0)
     column = grid.shape[2] // len(views)

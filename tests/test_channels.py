@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from logo_plugin import LoGoLearner, LoGoMonitor, MultiCropCollate, MultiCropTransform, wrap
 from logo_plugin.augment import Recipe, augment
+from logo_plugin.picture import draw_crops
 
 SMALL = {"global_size": 40, "local_size": 24}
 GRAY = {"hue": 0.0, "saturation": 0.0, "grayscale_p": 0.0}
@@ -60,10 +61,10 @@ def test_contrast_is_about_the_mean_of_all_channels():
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
-@pytest.mark.parametrize("kind", [np.uint16, np.float32, np.float64])
+@pytest.mark.parametrize("kind", [np.uint16, np.dtype(">u2"), np.float32, np.float64])
 def test_more_than_eight_bits_equals_eight_where_it_is_eight(channels, kind):
     image = picture(channels)
-    deep = image.astype(np.uint16) * 257 if kind is np.uint16 else (image / 255).astype(kind)
+    deep = (image.astype(np.uint16) * 257).astype(kind) if np.dtype(kind).kind == "u" else (image / 255).astype(kind)
     transform = MultiCropTransform(**options(channels, jitter_p=0, blur_p=0))
     for view, expected in zip(seeded(transform, deep), seeded(transform, image), strict=True):
         torch.testing.assert_close(view, expected, atol=1.5, rtol=0)  # eight bits round twice, by weights of 16 bits
@@ -191,15 +192,41 @@ def test_blocks_of_the_page(subject, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0")
-@pytest.mark.parametrize("channels", [1, 5])
-def test_monitor_draws_other_channels(channels, tmp_path):
+@pytest.mark.parametrize("channels", [1, 2, 5])
+@pytest.mark.parametrize("views_by", ["collate", "transform"])
+def test_monitor_draws_other_channels(views_by, channels, tmp_path):
     """The first three, or one as gray."""
     model = hosts.SimSiam()
     model.backbone[0] = torch.nn.Conv2d(channels, 16, 3, stride=2)
     run = {"max_steps": 1, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(**run, logger=CSVLogger(tmp_path), callbacks=[LoGoMonitor()], log_every_n_steps=1)
     samples = [(picture(channels), i) for i in range(4)]
-    trainer.fit(wrap(model), DataLoader(samples, batch_size=4, collate_fn=MultiCropCollate(**options(channels))))
+    loader = DataLoader(samples, batch_size=4, collate_fn=MultiCropCollate(**options(channels)))
+    if views_by == "transform":
+        transform = MultiCropTransform(**options(channels))
+        loader = DataLoader([(transform(image), i) for image, i in samples], batch_size=4)
+    trainer.fit(wrap(model), loader)
     (drawn,) = tmp_path.rglob("logo_crops/epoch_0000.png")
     with Image.open(drawn) as image:
         assert image.mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        pytest.param(picture(3).astype(np.uint16) * 257, id="16 bits"),
+        pytest.param((picture(3) / 255).astype(np.float32), id="floating point"),
+        pytest.param(picture(3)[:, :2], id="narrow"),
+        pytest.param(picture(3)[:1], id="flat"),
+        *(pytest.param(picture(channels), id=f"{channels} channels") for channels in (1, 2, 5)),
+    ],
+)
+def test_crops_of_any_image_can_be_drawn(image):
+    channels = image.shape[2]
+    drawn = np.asarray(draw_crops(image, MultiCropCollate(**options(channels, image_key="image"))))
+    assert drawn.shape[1] < 2000
+    source = drawn[:, : drawn.shape[1] - 2 * (40 + 8) - 2 * (24 + 8)]
+    inside = source[(source != 255).any(2)]
+    shown = np.asarray(image[..., : 3 if channels > 2 else 1], float)
+    shown *= {"u1": 1, "u2": 1 / 257, "f4": 255}[image.dtype.str[1:]]
+    assert np.abs(np.median(inside, axis=0) - np.median(shown, axis=(0, 1))).max() < 40  # the boxes cover some

@@ -17,7 +17,7 @@ from photos import tiles
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from logo_plugin import LoGoMonitor, LoGoTerms, MultiCropCollate, diagnose
+from logo_plugin import LoGoMonitor, LoGoTerms, MultiCropCollate, MultiCropTransform, diagnose
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_fabric.utilities.warnings.PossibleUserWarning"),
@@ -50,7 +50,7 @@ def make(library=pytorch_lightning, **options):
     return wrap(BYOL(), **options)
 
 
-def fit(model, library=pytorch_lightning, *, images=12, epochs=1, collate=None, ckpt_path=None, **options):
+def fit(model, library=pytorch_lightning, *, images=12, epochs=1, collate=None, loader=None, ckpt_path=None, **options):
     """Three steps of four images an epoch."""
     options = {"logger": False, "enable_checkpointing": False, "log_every_n_steps": 1, **options}
     trainer = library.Trainer(
@@ -58,7 +58,8 @@ def fit(model, library=pytorch_lightning, *, images=12, epochs=1, collate=None, 
         **options,
     )  # fmt: skip
     collate = collate or MultiCropCollate.cifar10(local_size=16)
-    trainer.fit(model, DataLoader(tiles(images), batch_size=4, collate_fn=collate), ckpt_path=ckpt_path)
+    loader = loader or DataLoader(tiles(images), batch_size=4, collate_fn=collate)
+    trainer.fit(model, loader, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -161,14 +162,28 @@ def test_resume(tmp_path):
     fit(make(), epochs=2, ckpt_path=checkpoint)  # nor does a checkpoint need the monitor
 
 
-@pytest.mark.parametrize("defer", [None, "augment"])
-def test_picture_shows_the_crops(defer, tmp_path):
+class Transformed(list):
+    def __init__(self, samples, transform):
+        super().__init__(samples)
+        self.transform = transform
+
+    def __getitem__(self, n):
+        image, target = super().__getitem__(n)
+        return self.transform(image), target
+
+
+@pytest.mark.parametrize("made", ["in workers", "on the device", "by the dataset"])
+def test_picture_shows_the_crops(made, tmp_path):
     """Without augmentation: the pixels of the photographs, white around smaller crops, a word over each kind."""
-    collate = MultiCropCollate(
-        global_size=48, local_size=24, global_scale=(1, 1), ratio=(1, 1), flip_p=0, jitter_p=0, grayscale_p=0, blur_p=0,
-        mean=(0.1, 0.5, 0.9), std=(0.1, 0.2, 0.3), defer=defer,
-    )  # fmt: skip
-    fit(make(), images=4, collate=collate, logger=CSVLogger(tmp_path), callbacks=[LoGoMonitor(images=2)])
+    options = {
+        "global_size": 48, "local_size": 24, "global_scale": (1, 1), "ratio": (1, 1), "flip_p": 0, "jitter_p": 0,
+        "grayscale_p": 0, "blur_p": 0, "mean": (0.1, 0.5, 0.9), "std": (0.1, 0.2, 0.3),
+    }  # fmt: skip
+    collate = MultiCropCollate(**options, defer="augment" if made == "on the device" else None)
+    loader = DataLoader(tiles(4), batch_size=4, collate_fn=collate)
+    if made == "by the dataset":
+        loader = DataLoader(Transformed(tiles(4), MultiCropTransform(**options)), batch_size=4)
+    fit(make(), loader=loader, logger=CSVLogger(tmp_path), callbacks=[LoGoMonitor(images=2)])
     picture = Image.open(tmp_path / "lightning_logs/version_0/logo_crops/epoch_0000.png")
     assert picture.size == (2 + 4 * 50, 14 + 2 + 2 * 50)
     headings, picture = picture.crop((0, 0, 202, 14)), picture.crop((0, 14, 202, 116))

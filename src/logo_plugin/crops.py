@@ -17,7 +17,7 @@ from torch.utils.data import default_collate
 
 from logo_plugin.augment import Recipe, augment, blur_radius
 from logo_plugin.checks import choice, unknown_option
-from logo_plugin.decoding import ImageLike, UndecodableError, decode, decode_channels
+from logo_plugin.decoding import ImageLike, UndecodableError, decode
 from logo_plugin.placement import PLACEMENTS, placed
 
 Range = tuple[float, float]
@@ -224,7 +224,7 @@ class MultiCropTransform:
             ValueError: If the image cannot be decoded.
             TypeError: If it is none of these kinds.
         """
-        pixels = self._decode(image)
+        pixels = decode(image, len(self.mean))
         recipes = self.draw(pixels.shape[1], pixels.shape[0])
         views = self._empty(np.float32)
         self._render(pixels, recipes, views)
@@ -279,9 +279,6 @@ class MultiCropTransform:
     def _empty(self, dtype: type[np.generic], *batch: int) -> list[Tensor]:
         sizes = [self.global_size] * self.global_crops + [self.local_size] * self.local_crops
         return [_fresh((*batch, len(self.mean), size, size), dtype) for size in sizes]
-
-    def _decode(self, image: ImageLike) -> Tensor:
-        return decode(image) if len(self.mean) == 3 else decode_channels(image, len(self.mean))
 
     def _render(self, pixels: Tensor, recipes: Sequence[Recipe], out: list[Tensor], defer: str | None = None) -> None:
         """Makes the views of one image in `out`."""
@@ -407,7 +404,7 @@ class MultiCropCollate(MultiCropTransform):
 
     def _made(self, image: ImageLike, out: list[Tensor]) -> list[Recipe]:
         """Makes the views of one image in `out`; gives what was drawn."""
-        pixels = self._decode(image)
+        pixels = decode(image, len(self.mean))
         if self.defer and pixels.dtype != torch.uint8:
             raise TypeError(
                 f"defer={self.defer!r} lets crops travel as uint8, and the images have more: give defer=None."

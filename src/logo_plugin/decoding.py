@@ -30,7 +30,7 @@ class UndecodableError(ValueError):
         return f"{place}{'' if name is None else f' ({name})'}: {self}"
 
 
-def decode(image: ImageLike) -> Tensor:
+def decode(image: ImageLike, channels: int = _RGB) -> Tensor:
     """Decodes an image of any kind and mode, once.
 
     Args:
@@ -38,16 +38,20 @@ def decode(image: ImageLike) -> Tensor:
             (Hugging Face's), array (H, W) or (H, W, 1 or 3), or tensor (1 or 3, H, W). Arrays and tensors are uint8,
             uint16 or floating point in [0, 1]. Of a file's or PIL image's 16 bits the upper eight are kept, its
             transparency is dropped, EXIF orientation is ignored.
+        channels: Of another number than 3 none is dropped and none made up: arrays and tensors have as many, and what
+            Pillow opens as many bands (L, LA, I;16, RGBA), whose 16 bits are kept.
 
     Returns:
-        (H, W, 3 or 4), of which the first three channels are red, green and blue: uint8, or float32 in [0, 255] of
-        arrays and tensors that are not uint8.
+        (H, W, channels), or (H, W, 3 or 4), of which the first three channels are red, green and blue: uint8, or
+        float32 in [0, 255] of more than 8 bits.
 
     Raises:
         UndecodableError: If the image cannot be decoded, is None, or has more than twice `Image.MAX_IMAGE_PIXELS`,
             Pillow's limit against decompression bombs (with more than once there is Pillow's warning).
-        TypeError: If it is none of these kinds.
+        TypeError: If it is none of these kinds, or has another number of channels.
     """
+    if channels != _RGB:
+        return _decode_channels(image, channels)
     if isinstance(image, (Tensor, np.ndarray)):
         pixels = _in_range(image)
         if pixels.shape[2] not in (1, 3):
@@ -74,20 +78,8 @@ def decode(image: ImageLike) -> Tensor:
         raise UndecodableError(f"cannot decode the image ({type(error).__name__}: {error}).") from error
 
 
-def decode_channels(image: ImageLike, channels: int) -> Tensor:
-    """The same for images of other channels than red, green and blue, of which none is dropped and none made up.
-
-    Args:
-        image: Array (H, W) or (H, W, C), tensor (C, H, W), or what Pillow opens with as many bands (L, LA, I;16, RGBA).
-        channels: C.
-
-    Returns:
-        (H, W, C), uint8, or float32 in [0, 255] of more than 8 bits.
-
-    Raises:
-        UndecodableError: As `decode`.
-        TypeError: If it is none of these kinds, or has another number of channels.
-    """
+def _decode_channels(image: ImageLike, channels: int) -> Tensor:
+    """The same for images of other channels than red, green and blue, of which none is dropped and none made up."""
     if not isinstance(image, (Tensor, np.ndarray)):
         image = _bands(_encoded(image))
     pixels = _in_range(image)
@@ -139,7 +131,7 @@ def _in_range(image: Tensor | Array) -> Tensor:
     if array.dtype == np.uint8:
         # A copy where torch can't share it.
         return torch.from_numpy(array if array.flags.writeable and min(array.strides) >= 0 else array.copy())
-    if array.dtype == np.uint16:
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
         return torch.from_numpy(array.astype(np.float32) * np.float32(255 / 65535))
     if array.dtype.kind != "f":
         raise TypeError(

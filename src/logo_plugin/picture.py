@@ -22,8 +22,8 @@ def draw_crops(image: ImageLike, collate: MultiCropCollate, *, rows: int = 3) ->
     """Draws an image with the boxes of its crops, and beside it the crops, augmented.
 
     Args:
-        image: Whatever `MultiCropCollate` takes.
-        collate: Its options are those of the crops; `defer` and `return_boxes` are not looked at.
+        image: Whatever `MultiCropCollate` takes. Of channels other than red, green and blue see `visible`.
+        collate: Its options are those of the crops; `defer`, `return_boxes` and the keys of dicts are not looked at.
         rows: How often the crops are drawn anew; the boxes are those of the first row.
 
     Returns:
@@ -33,9 +33,9 @@ def draw_crops(image: ImageLike, collate: MultiCropCollate, *, rows: int = 3) ->
         ValueError: If the image cannot be decoded, or `rows` is not a positive integer.
     """
     positive_integer("rows", rows)
-    pixels = decode(image)[..., :3].permute(2, 0, 1).contiguous()
-    collate = replace(collate, defer=None, return_boxes=True)
-    views, boxes = collate([pixels] * rows)
+    pixels = decode(image, len(collate.mean))
+    collate = replace(collate, defer=None, return_boxes=True, image_key=None, target_key=None)
+    views, boxes = collate([image] * rows)
     kinds = ["global"] * collate.global_crops + ["local"] * collate.local_crops
     grid = torch.cat([_column(view, kind, collate) for view, kind in zip(views, kinds, strict=True)], dim=2)
     source = _source(pixels, boxes.boxes[:, 0], kinds, height=grid.shape[1])
@@ -54,24 +54,42 @@ def headings(widths: Mapping[str, int], height: int = 14) -> Tensor:
     return drawn
 
 
+def visible(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """What there is to see of normalised images.
+
+    Args:
+        views: (N, C, H, W).
+        mean: What was subtracted from them, C numbers; of another number of them the first stands for all channels.
+        std: What they were divided by.
+
+    Returns:
+        (N, 3, H, W) in [0, 1]: the first three channels, or the first as grey where there are fewer.
+    """
+    images = views.detach()[:, : 3 if views.shape[1] >= 3 else 1].float().cpu()
+    known = images.shape[1] if len(mean) == views.shape[1] else 1
+    shift, scale = (torch.tensor(values[:known], dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
+    return (images * scale + shift).clamp(0, 1).expand(-1, 3, -1, -1)
+
+
 def _source(pixels: Tensor, boxes: Tensor, kinds: Sequence[str], height: int) -> Tensor:
+    """The decoded image (H, W, C) with its boxes, no more than four times as wide as high."""
     side = min(height, max(64, round(height * 0.9)))
-    scale = side / pixels.shape[1]
-    size = (side, round(pixels.shape[2] * scale))
-    small = F.interpolate(pixels[None], size=size, mode="bicubic", antialias=True)[0]
+    scale = min(side / pixels.shape[0], 4 * side / pixels.shape[1])
+    size = [max(1, round(length * scale)) for length in pixels.shape[:2]]
+    image = visible(pixels.permute(2, 0, 1)[None] / 255, (0.0,) * pixels.shape[2], (1.0,) * pixels.shape[2])
+    small = F.interpolate(image, size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
     drawn = draw_bounding_boxes(
-        small,
+        (small * 255).round().to(torch.uint8),
         (boxes * scale).round(),
         colors=[_COLORS[kind] for kind in kinds],
         width=3,
     )
-    return F.pad(drawn, (_GAP, _GAP, 0, height - side), value=255)
+    return F.pad(drawn, (_GAP, _GAP, 0, height - size[0]), value=255)
 
 
 def _column(views: Tensor, kind: str, collate: MultiCropCollate) -> Tensor:
-    """(N, 3, S, S) to uint8 (3, N * row, S + gaps), each crop at its own size, framed in the colour of its kind."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (collate.mean, collate.std))
-    pixels = ((views * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    """(N, C, S, S) to uint8 (3, N * row, S + gaps), each crop at its own size, framed in the colour of its kind."""
+    pixels = (visible(views, collate.mean, collate.std) * 255).round().to(torch.uint8)
     row = max(collate.global_size, collate.local_size if collate.local_crops else 0)
     frame = [[0, 0, view.shape[2] - 1, view.shape[1] - 1] for view in pixels[:1]]
     framed = [draw_bounding_boxes(view, torch.tensor(frame), colors=_COLORS[kind], width=2) for view in pixels]
