@@ -102,6 +102,7 @@ def test_overlap_out_of_range_is_refused(inputs, overlap, message):
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 def test_where_values_cannot_be_looked_at_a_wrong_overlap_is_nan(inputs):
     """On a GPU looking makes it wait, compiled it breaks the graph; attraction instead of repulsion it never is."""
+    torch._dynamo.reset()  # of other tests
     compiled = torch.compile(LoGoLoss(affinity=Affinity(8, 16)), fullgraph=True, backend="aot_eager")
     assert compiled(**inputs, local_overlap=torch.full((3, 5), 0.5)).local_local.isfinite()
     assert compiled(**inputs, local_overlap=torch.full((3, 5), 5.0)).local_local.isnan()

@@ -1,5 +1,6 @@
 """The solo-learn adapter's configs: overlays, options, crops and the run's name."""
 
+import copy
 import json
 import pickle
 import re
@@ -157,7 +158,7 @@ def test_ratio_where_another_output_hides_the_projection():
 def test_too_few_crops():
     _, adapter = import_solo()
     for small, logo in ((0, {"affinity": False}), (1, {})):
-        with pytest.raises(ValueError, match="augmentations=logo_imagenet"):
+        with pytest.raises(ValueError, match="2 global crops alone it adds local ones"):
             adapter.LoGoBYOL(config("logo_byol", logo, small=small))
     with pytest.raises(ValueError, match="expected 2 global and 2 local crops, got 3"):
         build("logo_byol").training_step(batch(crops=3), 0)
@@ -174,6 +175,12 @@ def usual_config(logo=None, method="byol", **changes):
         OmegaConf.update(cfg.augmentations[2], key.replace("__", "."), value)
     cfg.data.num_small_crops = cfg.augmentations[2].num_crops
     return cfg
+
+
+def plain(config):
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(config, resolve=True)
 
 
 def checked(cfg):
@@ -330,10 +337,8 @@ def test_overlay(method):
     folder = "imagenet-100"
     if not Path(ROOT, "scripts/pretrain", folder, f"{name}.yaml").is_file():
         folder = "cifar"
-    crops = ["augmentations=logo_cifar"] if folder == "cifar" else []
-    cfg = compose(folder, name, f"+logo={method}", "method_kwargs.logo.local_weight=0.5", *crops)
+    cfg = compose(folder, name, f"+logo={method}", "method_kwargs.logo.local_weight=0.5")
     assert cfg.method == f"logo_{method}"
-    assert [crop.crop_size for crop in cfg.augmentations] == ([32, 32, [32, 32]] if crops else [224, 224, 96])
     assert (cfg.data.num_large_crops, cfg.data.num_small_crops) == (2, 2)
     assert set(cfg.method_kwargs.logo) == set(adapter.OPTIONS)
     cfg = methods.METHODS[cfg.method].add_and_assert_specific_cfg(cfg)
@@ -341,13 +346,122 @@ def test_overlay(method):
     assert dict(cfg.method_kwargs.logo) == adapter.OPTIONS | resolved  # the overlay gives the defaults
 
 
-@pytest.mark.parametrize("method", ["vicreg", "vibcreg"])
-def test_overlay_of_a_config_with_its_own_crops(method):
-    cfg = checked(compose("cifar", method, f"+logo={method}_cifar"))
-    assert cfg.name == f"{method}-cifar10-logo-affcosine-ratio0.1"
-    assert [crop.crop_size for crop in cfg.augmentations] == [32, 32, [32, 32]]
-    cfg = compose("cifar", method, f"+logo={method}_cifar", "augmentations=logo_stl10")
-    assert [crop.crop_size for crop in cfg.augmentations] == [96, 96, [96, 96]]
+def method_of(path):
+    return {"barlow": "barlow_twins"}.get(path.stem, path.stem.removesuffix("_vit"))
+
+
+PATHS = sorted(path for path in Path(ROOT or "", "scripts/pretrain").glob("*/*.yaml") if method_of(path) in METHODS)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_local_crops_join_any_config_of_the_clone(path):
+    """The method's name alone will do: the config's own crops keep all but the least scale, local ones are alike."""
+    folder = path.parent.name
+    stock, found = compose(folder, path.stem), checked(compose(folder, path.stem, f"method=logo_{method_of(path)}"))
+    if folder.endswith("multicrop"):
+        assert found.augmentations == stock.augmentations
+        return
+    *large, local = plain(found.augmentations)
+    assert (found.data.num_large_crops, found.data.num_small_crops) == (2, 2)
+    expected = plain(stock.augmentations)
+    for crop in expected:
+        assert crop["rrc"].pop("crop_min_scale") < 0.4
+    for crop in large:
+        assert crop["rrc"].pop("crop_min_scale") == 0.4
+    assert large == expected
+    size = {32: [32, 32], 224: 96}[large[0]["crop_size"]]
+    assert (local.pop("crop_size"), local.pop("num_crops")) == (size, 2)
+    assert local.pop("rrc") == {"enabled": True, "crop_min_scale": 0.05, "crop_max_scale": 0.4}
+    shares = {
+        name: [crop[name]["prob"] for crop in large for _ in range(crop["num_crops"])]
+        for name in ("gaussian_blur", "solarization")
+    }
+    assert local.pop("gaussian_blur")["prob"] == pytest.approx(sum(shares["gaussian_blur"]) / 2)
+    assert local.pop("solarization")["prob"] == min(shares["solarization"])
+    assert local == {name: large[0][name] for name in local}  # colours, mean and std
+    assert re.fullmatch(rf"{stock.name}-logo-(affcosine-ratio0.1|noaff)", found.name)
+
+
+@pytest.mark.parametrize(
+    ("override", "size"),
+    [
+        ("crop_size=96", 48),
+        ("crop_size=64", 32),
+        ("crop_size=160", 64),
+        ("crop_size=[128,128]", 48),
+        ("crop_size=28", [28, 28]),
+        ("crop_size=[32,32]", 32),
+        ("crop_size=96 method_kwargs.logo.local_size=96", [96, 96]),
+        ("crop_size=[64,48] method_kwargs.logo.local_size=[32,24]", [32, 24]),
+    ],
+)
+def test_size_of_the_local_crops(override, size):
+    cfg = compose("imagenet-100", "mocov2plus", "+logo=mocov2plus", *f"augmentations.0.{override}".split())
+    assert plain(cfg.augmentations)[1]["crop_size"] == size
+    assert (cfg.data.num_large_crops, cfg.data.num_small_crops) == (2, 2)
+
+
+def test_local_crops_by_options():
+    """And a config that has been parsed, as args.json has it, can be parsed again."""
+    from solo.args.pretrain import parse_cfg
+
+    own = ("local_crops=6", "local_size=64", "local_scale=[0.08,0.25]")
+    cfg = checked(compose("imagenet-100", "byol", "+logo=byol", *(f"method_kwargs.logo.{option}" for option in own)))
+    first, second, local = plain(cfg.augmentations)
+    assert (first["rrc"]["crop_min_scale"], second["rrc"]["crop_min_scale"]) == (0.25, 0.25)
+    assert (local["num_crops"], local["crop_size"]) == (6, 64)
+    assert local["rrc"] == {"enabled": True, "crop_min_scale": 0.08, "crop_max_scale": 0.25}
+    assert cfg.name == "byol-imagenet100-logo-affcosine-ratio0.1-g2x224s0.25-1-l6x64s0.08-0.25"
+    again = copy.deepcopy(cfg)
+    assert checked(parse_cfg(again)).augmentations == cfg.augmentations
+    assert again.name == cfg.name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["local_crops=0"], r"local_crops must be a positive integer, got 0"),
+        (["local_crops=1"], r"at least 2 local crops, got 2 and 1 "),
+        (["local_size=big"], r"local_size must be a positive integer, got 'big'"),
+        (["local_scale=0.3"], r"local_scale must be the least and the greatest part .*got 0\.3"),
+        (["local_scale=[0.4,0.05]"], r"local_scale must be the least"),
+        (["local_scale=[0.1,x]"], r"local_scale must be the least"),
+    ],
+)
+def test_options_of_local_crops(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        compose("imagenet-100", "byol", "+logo=byol", *(f"method_kwargs.logo.{option}" for option in overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["augmentations=logo_imagenet", "method_kwargs.logo.local_crops=4"],
+            r"local_crops=4: for an augmentations without local crops.*as in augmentations\.2\.num_crops=4",
+        ),
+        (["augmentations.0.rrc.crop_max_scale=0.3"], r"local_scale reaches 0\.4, and .* of at most 0\.3 of the image"),
+        (
+            ["augmentations.0.crop_size=[64,48]", "augmentations.1.crop_size=[64,48]"],
+            r"crops of 64 x 48 px: choose method_kwargs\.logo\.local_size",
+        ),
+        (["augmentations.1.num_crops=2"], r"got 3 and 0 "),
+        (["augmentations.1.crop_size=192"], r"got 1 and 1 "),
+    ],
+)
+def test_configs_that_local_crops_cannot_join(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        compose("imagenet-100", "byol", "+logo=byol", *overrides)
+
+
+def test_a_method_of_the_users(monkeypatch):
+    """Under any name."""
+    methods, _ = import_solo()
+    monkeypatch.setitem(methods.METHODS, "mine", wrap(type("Mine", (methods.BYOL,), {})))
+    overrides = ("method=mine", "name=mine", "+method_kwargs.logo.local_weight=0.01")
+    cfg = checked(compose("cifar", "byol", *overrides))
+    assert cfg.data.num_small_crops == 2
+    assert cfg.name == "mine-logo-lambda0.01-affcosine"
 
 
 def test_preset_in_one_word():
@@ -363,7 +477,7 @@ def test_preset_in_one_word():
 
 
 @pytest.mark.parametrize(
-    ("group", "sizes"), [("cifar", [32, 32, [32, 32]]), ("stl10", [96, 96, [96, 96]]), ("custom", [224, 224, 64])]
+    ("group", "sizes"), [("cifar", [32, 32, [32, 32]]), ("stl10", [96, 96, 48]), ("custom", [224, 224, 64])]
 )
 def test_augmentation_groups(group, sizes):
     from solo.data.pretrain_dataloader import build_transform_pipeline
@@ -397,6 +511,9 @@ def test_every_loss_option_is_a_config_option():
         "local_running_stats",
         "monitor",
         "preset",
+        "local_crops",
+        "local_size",
+        "local_scale",
     }
     assert keywords | own == set(adapter.OPTIONS)
 
@@ -541,11 +658,3 @@ def test_overlap_needs_boxes():
 def test_options_that_the_method_would_ignore(overrides):
     with pytest.raises(ValueError, match=r"method=byol knows nothing of .*without LoGo\. Set method=logo_byol"):
         compose("imagenet-100", "byol", *overrides)
-
-
-@pytest.mark.parametrize(("method", "dataset"), [("byol", "cifar"), ("simsiam", "cifar")])
-def test_photographs_crops_on_small_images(method, dataset):
-    with pytest.raises(ValueError, match=r"dataset=cifar10 .*224 and 96 px. Add augmentations=logo_cifar"):
-        compose(dataset, method, f"+logo={method}")
-    cfg = compose(dataset, method, f"+logo={method}", "augmentations.0.crop_size=192", "augmentations.1.crop_size=192")
-    assert cfg.augmentations[0].crop_size == 192

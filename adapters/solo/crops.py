@@ -1,8 +1,12 @@
-"""The crops of a config: how solo-learn counts them, what LoGo needs of them, what the overlays ship."""
+"""The crops of a config: how solo-learn counts them, what LoGo needs of them, and the local ones that it adds."""
 
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from logo_plugin.adapters.solo.options import LOCAL, PREFIX
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import logo_plugin
@@ -11,7 +15,7 @@ _OVERLAYS = {"cifar10": "logo_cifar", "cifar100": "logo_cifar", "stl10": "logo_s
 
 
 def usual_augmentations(dataset: str) -> Any:
-    """The `augmentations` that LoGo ships for a dataset."""
+    """The `augmentations` that LoGo ships for a dataset, which are those it makes of solo-learn's `asymmetric.yaml`."""
     folder = Path(logo_plugin.__file__).parent / "conf" / "augmentations"
     return OmegaConf.load(folder / f"{_OVERLAYS.get(dataset, 'logo_imagenet')}.yaml")
 
@@ -41,14 +45,13 @@ def check_counts(cfg: DictConfig, large: int, small: int, *, affinity: bool) -> 
     listed = ", ".join(f"{crop.get('num_crops', 1)} of crop_size {crop.crop_size}" for crop in crops)
     raise ValueError(
         f"LoGo needs 2 global crops and at least {needed} local {'crops' if needed > 1 else 'crop'}, got {large} and "
-        f"{small}{f' (augmentations: {listed})' if listed else ''}. Choose augmentations=logo_imagenet, logo_cifar, "
-        "logo_stl10 or logo_custom; in your own list, solo-learn takes a crop for a local one when its crop_size "
-        "differs from the first one's: local crops of the same size are augmentations.2.crop_size=[32,32], which "
-        "differs from 32."
+        f"{small}{f' (augmentations: {listed})' if listed else ''}. To 2 global crops alone it adds local ones; "
+        "in your own list, solo-learn takes a crop for a local one when its crop_size differs from the first "
+        "one's: local crops of the same size are augmentations.2.crop_size=[32,32], which differs from 32."
     )
 
 
-def check_config(cfg: DictConfig) -> None:
+def check_config(cfg: DictConfig, *, affinity: bool) -> None:
     """As `check_counts`, on a config that solo-learn has not counted yet: its own check has no message.
 
     Raises:
@@ -64,19 +67,57 @@ def check_config(cfg: DictConfig) -> None:
     counts = [0, 0]
     for crop in crops:
         counts[is_local(crop, crops[0])] += crop.num_crops
-    check_counts(cfg, *counts, affinity=OmegaConf.select(cfg, "method_kwargs.logo.affinity", default=True) is not False)
+    check_counts(cfg, *counts, affinity=affinity)
 
 
-def check_sizes(cfg: DictConfig) -> None:
-    """The overlays `+logo=` come with ImageNet's crops, as large as no image of CIFAR or STL-10.
+def add_local_crops(cfg: DictConfig, options: Mapping[str, Any]) -> None:
+    """Adds local crops to an `augmentations` of two global ones alone, which then are no smaller than the local ones.
 
     Raises:
-        ValueError: If a config of those data sets has kept them.
+        ValueError: If the options of local crops cannot be followed.
     """
-    dataset = cfg.data.dataset
-    if dataset in _OVERLAYS and cfg.get("augmentations") == usual_augmentations("imagenet"):
+    crops = cfg.get("augmentations") or []
+    large = [crop for crop in crops if not is_local(crop, crops[0])]
+    if sum(crop.num_crops for crop in large) != 2:
+        return  # check_config says what is wrong
+    asked = {name: options[name] for name in LOCAL if options[name] is not None}
+    if len(large) == len(crops):
+        cfg.augmentations = _extended(large, LOCAL | asked)
+    elif asked and _extended(large, LOCAL | asked) != crops:
+        what = ", ".join(f"{PREFIX}{name}={value}" for name, value in asked.items())
         raise ValueError(
-            f"data.dataset={dataset} with augmentations=logo_imagenet, which +logo= brings: crops of 224 and 96 px. "
-            f"Add augmentations={_OVERLAYS[dataset]} (for vicreg and vibcreg +logo=vicreg_cifar, +logo=vibcreg_cifar), "
-            "or another size, as in augmentations.0.crop_size=192, if you want them large."
+            f"{what}: for an augmentations without local crops, and this one lists its own. Leave it out, and change "
+            f"the crops where they are listed, as in augmentations.{len(large)}.num_crops=4."
         )
+
+
+def _extended(large: Sequence[Any], options: Mapping[str, Any]) -> ListConfig:
+    """The global crops, and local ones that differ from them in size and scale only; with their mean share of blur."""
+    low, high = options["local_scale"]
+    crops: list[Any] = [OmegaConf.to_container(crop, resolve=True) for crop in large]
+    local = copy.deepcopy(crops[0])
+    size = options["local_size"] or _usual_size(large[0])
+    if size == local["crop_size"]:  # written in the other way, by which solo-learn tells them apart
+        size = [size, size] if isinstance(size, int) else size[0]
+    local |= {"crop_size": size, "num_crops": options["local_crops"]}
+    local["rrc"] = {"enabled": True, "crop_min_scale": low, "crop_max_scale": high}
+    for effect, share in (("gaussian_blur", fmean), ("solarization", min)):
+        local[effect] |= {"prob": share(crop[effect]["prob"] for crop in crops for _ in range(crop["num_crops"]))}
+    for crop in crops:
+        rrc = crop["rrc"]
+        if rrc["enabled"] and rrc["crop_max_scale"] < high:
+            raise ValueError(
+                f"{PREFIX}local_scale reaches {high}, and augmentations has global crops of at most "
+                f"{rrc['crop_max_scale']} of the image. Lower it."
+            )
+        if rrc["enabled"]:
+            rrc["crop_min_scale"] = max(rrc["crop_min_scale"], high)
+    return OmegaConf.create([*crops, local])
+
+
+def _usual_size(crop: Any) -> int:
+    """96 px for 224, in multiples of 16; with up to 32 px as large as the global ones, as the paper has it."""
+    sides = side_lengths(crop)
+    if len(sides) > 1:
+        raise ValueError(f"augmentations has crops of {' x '.join(map(str, sides))} px: choose {PREFIX}local_size.")
+    return min(sides[0], max(32, 16 * round(sides[0] * 96 / 224 / 16)))

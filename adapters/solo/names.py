@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from logo_plugin.adapters.solo.crops import is_local, side_lengths, usual_augmentations
-from logo_plugin.adapters.solo.options import differing
+from logo_plugin.adapters.solo.options import LOCAL, differing
 from logo_plugin.adapters.solo.refused import reason
 from omegaconf import DictConfig
 from solo import methods
@@ -64,8 +64,8 @@ def named(cfg: DictConfig, options: Mapping[str, Any]) -> str:
 
 
 def _of_options(options: Mapping[str, Any]) -> str:
-    """Always lambda, then what is unusual; not what leaves the training as it is."""
-    neutral = ("monitor", "checkpoint_local_crops")
+    """Always lambda, then what is unusual; not what leaves the training as it is, nor the crops."""
+    neutral = ("monitor", "checkpoint_local_crops", *LOCAL)
     chosen = {name: value for name, value in differing(options).items() if name not in neutral}
     if options["gradient_ratio"] is None and options["affinity"]:
         chosen = {"local_weight": LoGoLoss(local_weight=options["local_weight"]).local_weight} | chosen

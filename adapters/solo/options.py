@@ -4,13 +4,16 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from omegaconf import OmegaConf
 from torch import nn
 
 from logo_plugin.checks import choice, positive_integer, unknown_option
 from logo_plugin.losses import PRESETS, LoGoLoss, with_preset
 from logo_plugin.placement import PLACEMENTS
 
-OWN: dict[str, Any] = {
+# Of the local crops that are added to a config without any. None of size: as `crops.py` has it for the global ones'.
+LOCAL: dict[str, Any] = {"local_crops": 2, "local_size": None, "local_scale": (0.05, 0.4)}
+OWN: dict[str, Any] = dict.fromkeys(LOCAL) | {
     "affinity": None,
     "affinity_hidden_dim": 256,
     "affinity_norm": "batch",
@@ -61,12 +64,13 @@ def checked(given: Any, *, hidden: bool = False) -> dict[str, Any]:
     """All options, each as given, as the preset has it, or at its default.
 
     Args:
-        given: The mapping of the config.
+        given: The mapping of the config, if it has one.
         hidden: The method hides how a prediction comes from the projection, which `gradient_ratio` has to know.
 
     Raises:
         ValueError: If one is unknown, out of its range, or has no effect beside another one.
     """
+    given = OmegaConf.to_container(given) if OmegaConf.is_config(given) else {} if given is None else given
     if not isinstance(given, dict):
         raise ValueError(f"method_kwargs.logo must be a mapping of options, got {given!r}.")
     for name in given:
@@ -99,6 +103,7 @@ def checked(given: Any, *, hidden: bool = False) -> dict[str, Any]:
     if options["affinity_norm"] not in ("batch", "layer"):
         raise ValueError(f'{PREFIX}affinity_norm must be "batch" or "layer", got {options["affinity_norm"]!r}.')
     choice(f"{PREFIX}local_placement", options["local_placement"], PLACEMENTS)
+    _check_local(options)
     if options["weigh_overlap"] and not options["fast_crops"]:
         raise ValueError(f"{PREFIX}weigh_overlap needs the crops' boxes: set {PREFIX}fast_crops=true.")
     if options["local_placement"] != "anywhere" and not options["fast_crops"]:
@@ -115,6 +120,21 @@ def differing(options: Mapping[str, Any]) -> dict[str, Any]:
     if options["preset"]:
         usual |= {"affinity": "learned"} | PRESETS[options["preset"]]
     return {name: value for name, value in options.items() if value not in (None, usual[name])}
+
+
+def _check_local(options: Mapping[str, Any]) -> None:
+    crops, size, scale = (options[name] for name in LOCAL)
+    if crops is not None:
+        positive_integer(f"{PREFIX}local_crops", crops)
+    for side in size if isinstance(size, list) and len(size) == 2 else [] if size is None else [size]:
+        positive_integer(f"{PREFIX}local_size", side)
+    if scale is None:
+        return
+    numbers = isinstance(scale, (list, tuple)) and len(scale) == 2 and all(isinstance(x, (int, float)) for x in scale)
+    if not (numbers and 0 < scale[0] <= scale[1] <= 1):
+        raise ValueError(
+            f"{PREFIX}local_scale must be the least and the greatest part of the image, as [0.05,0.4], got {scale}."
+        )
 
 
 def _refuse_idle(options: Mapping[str, Any]) -> None:

@@ -5,10 +5,12 @@ from functools import partial
 from typing import Any
 
 from logo_plugin.adapters.solo.checkpoints import check_checkpoint
-from logo_plugin.adapters.solo.crops import check_config, check_sizes
+from logo_plugin.adapters.solo.crops import add_local_crops, check_config
 from logo_plugin.adapters.solo.formats import check_format
 from logo_plugin.adapters.solo.methods import KNOWN
+from logo_plugin.adapters.solo.options import checked
 from logo_plugin.adapters.solo.refused import reason
+from logo_plugin.adapters.solo.step import LoGo
 from omegaconf import DictConfig, OmegaConf
 from solo import methods
 from solo.methods.base import BaseMethod
@@ -47,15 +49,17 @@ def _stock_backbone(build: Callable[..., Any], method: str, **options: Any) -> A
 
 def _after_check(stock: Callable[[DictConfig], DictConfig], cfg: DictConfig) -> DictConfig:
     method = str(cfg.get("method"))
+    cls = methods.METHODS.get(method)
     host = methods.METHODS.get(method.removeprefix("logo_"))
-    if method.startswith("logo_") and host is not None:
-        why_not = reason(host)
-        if why_not:
-            raise TypeError(f"LoGo cannot carry {host.__name__}: {why_not}")
-        check_config(cfg)
+    given = OmegaConf.select(cfg, "method_kwargs.logo")
+    if isinstance(cls, type) and issubclass(cls, LoGo):
+        options = checked(given, hidden=cls.outputs.hidden)
+        add_local_crops(cfg, options)
+        check_config(cfg, affinity=bool(options["affinity"]))
         check_format(cfg)
-        check_sizes(cfg)
-    elif OmegaConf.select(cfg, "method_kwargs.logo") is not None:
+    elif method.startswith("logo_") and host is not None and reason(host):
+        raise TypeError(f"LoGo cannot carry {host.__name__}: {reason(host)}")
+    elif given is not None:
         known = f"logo_{method}" in methods.METHODS
         cure = f"Set method=logo_{method}, or leave it out." if known else "Leave it out."
         raise ValueError(

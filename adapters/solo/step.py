@@ -10,7 +10,7 @@ from logo_plugin.adapters.solo.crops import check_counts
 from logo_plugin.adapters.solo.names import named
 from logo_plugin.adapters.solo.options import OWN, PREFIX, checked
 from logo_plugin.adapters.solo.trying import dry_run, output, refuse_ratio
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from solo.methods.base import BaseMethod
 from torch import Tensor, nn
 
@@ -72,10 +72,7 @@ class LoGo(BaseMethod):
     def add_and_assert_specific_cfg(cls, cfg: DictConfig) -> DictConfig:
         """Adds and checks `method_kwargs.logo`, and puts what it says into the run's name."""
         cfg = super().add_and_assert_specific_cfg(cfg)
-        given = cfg.method_kwargs.get("logo")
-        options = checked(
-            OmegaConf.to_container(given) if OmegaConf.is_config(given) else given or {}, hidden=cls.outputs.hidden
-        )
+        options = checked(cfg.method_kwargs.get("logo"), hidden=cls.outputs.hidden)
         if cls.outputs.hidden:
             refuse_ratio(options, cfg.method)
         cfg.method_kwargs.logo = options

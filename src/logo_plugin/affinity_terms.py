@@ -35,7 +35,7 @@ def affinity_terms(
         noise: As in `affinity_loss`.
         partner: As in `affinity_loss`.
     """
-    if next(affinity.parameters(), None) is None:  # nothing to train
+    if not list(affinity.parameters()):  # nothing to train
         repelled = local_local_loss(affinity, local_proj, repulsion=repulsion, overlap=overlap)
         return repelled, repelled.new_zeros(())
     count = len(local_proj) * (len(local_proj) - 1) // 2
@@ -167,7 +167,7 @@ def _looked_at(affinity: nn.Module, pairs: Tensor) -> Tensor:
 def _scored(affinity: nn.Module, pairs: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
     """Logits (N, P) of any affinity, asked as a user would."""
     first, second = pairs.transpose(0, 1).chunk(2, dim=-1)
-    out = affinity(first, second) if parameters is None else functional_call(affinity, parameters, (first, second))
+    out = functional_call(affinity, parameters, (first, second)) if parameters else affinity(first, second)
     if not isinstance(out, Tensor) or out.shape != first.shape[:-1]:
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(

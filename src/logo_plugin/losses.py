@@ -160,8 +160,9 @@ class LoGoLoss(nn.Module):
         idle = [f"{name}={value!r}" for name, value, usual in of_learned if value != usual]
         if idle and isinstance(affinity, CosineAffinity):
             raise ValueError(
-                f"{', '.join(idle)}: without effect beside the cosine, which is not learned. Leave it out, or give a "
-                'learned affinity: affinity=Affinity(dim), of wrap and LoGoLearner affinity="learned".'
+                f"{', '.join(idle)}: without effect beside the cosine, which is not learned. Leave it out, with the "
+                "preset that may have set it, or give a learned affinity: affinity=Affinity(dim), of wrap and "
+                'LoGoLearner affinity="learned".'
             )
         if affinity is not None and gradient_ratio and not local_global_weight:
             raise ValueError(
