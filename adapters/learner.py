@@ -56,7 +56,7 @@ class LoGoLearner(nn.Module):
             too, for schedules), `temperature`, `queue_size` (moco 0.2, 65536).
 
     Raises:
-        TypeError: If an option is none of `LoGoLoss` or the method, or the backbone no module.
+        TypeError: If an option is none of `LoGoLoss` or the method, or the backbone no module that gives a tensor.
         ValueError: If an option is out of its range, or the backbone can't take `image_size`, or has no values.
         RuntimeError: In forward, if FSDP shards the whole without `backbone`, `projector` and `target` on their own.
     """
@@ -108,7 +108,7 @@ class LoGoLearner(nn.Module):
             **options,
         )
         self.terms: LoGoTerms | None = None
-        self._warned = False
+        self._checked_precision = False
         self.to(next(backbone.parameters()).device)
 
     def forward(self, views: Sequence[Tensor]) -> Tensor:
@@ -151,8 +151,8 @@ class LoGoLearner(nn.Module):
         return terms.total
 
     def _warn_of_half_precision(self, online: Sequence[Tensor]) -> None:
-        if not self._warned and any(p.dtype.itemsize < 4 for p in online):
-            self._warned = True
+        first, self._checked_precision = not self._checked_precision, True
+        if first and any(p.dtype.itemsize < 4 for p in online):
             warnings.warn(
                 f"the target moves by {1 - self.momentum:.2g} of its distance a step, most of which half precision "
                 "rounds away: it lags behind. Keep the parameters in float32 and forward under torch.autocast.",
@@ -210,7 +210,13 @@ def _features(backbone: nn.Module, sizes: Sequence[int]) -> int:
     try:
         with eval_mode(backbone), torch.no_grad():  # BatchNorm's statistics stay
             for size in sizes:
-                shape = shapes[size] = tuple(backbone(torch.zeros(1, channels, size, size).to(like)).shape)
+                found = backbone(torch.zeros(1, channels, size, size).to(like))
+                if not isinstance(found, Tensor):
+                    raise TypeError(
+                        f"the backbone must give a tensor of features (N, F), and {type(backbone).__name__} gives "
+                        f"{type(found).__name__}: put a module around it that returns the features alone."
+                    )
+                shape = shapes[size] = tuple(found.shape)
     except (AssertionError, RuntimeError, ValueError) as error:
         hint = "in timm a ViT wants dynamic_img_size=True, a Swin strict_img_size=False; others want crops of one size"
         raise ValueError(f"the backbone can't take images of {size} x {size} pixels ({error}): {hint}.") from error

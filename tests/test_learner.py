@@ -190,6 +190,16 @@ def test_bfloat16_and_a_compiled_backbone():
     assert copy.deepcopy(learner)(views()).isfinite()
 
 
+class Pair(nn.Conv2d):
+    """A backbone that gives more than its features."""
+
+    def __init__(self):
+        super().__init__(3, 4, 3)
+
+    def forward(self, x):
+        return super().forward(x), x
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -221,6 +231,7 @@ def test_bfloat16_and_a_compiled_backbone():
         ({"backbone": network().to("meta")}, ValueError, r"meta device, where parameters have no values.*to_empty"),
         ({"local_weight": -1}, ValueError, r"local_weight must be a finite number >= 0"),
         ({"backbone": nn.Conv2d(3, 4, 3)}, ValueError, r"must give \(1, F\) for every size.*num_classes=0"),
+        ({"backbone": Pair()}, TypeError, "must give a tensor of features .*Pair gives tuple: put a module around it"),
         ({"backbone": nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 8))}, ValueError, "24 x 24 pixels"),
     ],
 )
