@@ -20,7 +20,7 @@ SETS = {"oldest": ("3.10", "lowest-direct"), "newest": ("3.13", "highest")}
 # What the tests themselves need; floors, since the lowest of all would be versions of another age.
 TOOLS = ["pytest>=8", "hypothesis>=6.100", "scikit-image>=0.24", "hydra-core>=1.3"]
 TESTS = ("losses", "affinity", "similarities", "overlap", "diagnostics", "augment", "crops", "properties", "learner")
-HOSTS = ("wrapping", "lightly", "own_models")
+HOSTS = ("wrapping", "lightly", "own_models", "default")
 SHOWN = ("torch", "torchvision", "numpy", "lightly", "pytorch_lightning", "timm")
 
 
