@@ -47,6 +47,8 @@ KEY = [
 ]
 PREDICTORLESS = [arm for arm in ONE_FACTOR if "predictor" not in arm and arm != "MULAN"]
 CHOSEN = ("imagenette", 11)  # the data set and the epochs that the rates are chosen by
+# Methods whose seeds differ so much that the first one may not rule out a rate.
+UNSTEADY = ["simsiam"]
 # (data set, method, arms, seeds, epochs), the most wanted first
 STAGES = [
     ("imagenette", "byol", MAIN[:3], [0, 1, 2, 3, 4], 11),
@@ -138,17 +140,18 @@ def advance(options):
 def candidates(output, dataset, method, arm, seed, epochs):
     """The learning rates that an arm still has to be trained at; none if that is not known yet."""
     chooses = arm in CHOOSERS and (dataset, epochs) == CHOSEN and seed in CHOOSING
-    if chooses and seed == CHOOSING[0]:
+    if chooses and (seed == CHOOSING[0] or method in UNSTEADY):
         return RATES[method]
     of = CHOOSERS[not arm.startswith("2 crops")]
     found = {lr: {} for lr in RATES[method]}
     for record in gather(output, *CHOSEN):
-        if (record["method"], record["arm"]) == (method, of) and record["lr"] in found:
+        if (record["method"], record["arm"]) == (method, of) and record["lr"] in found and record["seed"] in CHOOSING:
             found[record["lr"]][record["seed"]] = record
     first = CHOOSING[0]
     if not all(first in of_seeds for of_seeds in found.values()):
         return []
-    del found[min(found, key=lambda lr: validation({first: found[lr][first]}))]
+    if method not in UNSTEADY:
+        del found[min(found, key=lambda lr: validation({first: found[lr][first]}))]
     if chooses:
         return list(found)
     if not all(of_seeds.keys() >= set(CHOOSING) for of_seeds in found.values()):
