@@ -132,12 +132,18 @@ def epochs_of(method, arm, epochs, crops):
     return round(epochs * cost(method, "multi-crop", crops) / cost(method, arm, crops))
 
 
+CHOOSERS = ["2 crops, equal compute", "multi-crop"]  # the arms that choose the learning rates, for their likes
 CHOOSING = (0, 1, 2)  # the seeds that choose the learning rates
+
+
+def chooser(arm):
+    """The arm whose runs choose the learning rate of `arm`."""
+    return CHOOSERS[not arm.startswith("2 crops")]
 
 
 def best_rate(of_rates):
     """The learning rate of {rate: {seed: record}} that validates best, of those with the most seeds."""
-    return max(of_rates, key=lambda lr: (len(of_rates[lr]), validation(of_rates[lr])))
+    return max(of_rates, key=lambda lr: (len(of_rates[lr]), validation(of_rates[lr]) if of_rates[lr] else 0.0))
 
 
 def validation(of_seeds):

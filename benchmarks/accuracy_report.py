@@ -19,7 +19,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import matplotlib as mpl
-from accuracy_arms import ARMS, CHOOSING, best_rate, cost, validation
+from accuracy_arms import ARMS, CHOOSING, best_rate, chooser, cost, validation
 from scipy.stats import t as student
 
 mpl.use("Agg")
@@ -122,11 +122,20 @@ def reported(runs):
     return {
         (method, arm): {
             seed: record
-            for seed, record in of_rates[best_rate(of_rates)].items()
+            for seed, record in of_rates[_chosen_rate(runs, method, arm)].items()
             if method not in choosing or seed not in CHOOSING
         }
         for (method, arm), of_rates in runs.items()
     }
+
+
+def _chosen_rate(runs, method, arm):
+    """The rate that the seeds there for it have chosen; of an arm that has none there, the one with the most seeds."""
+    told = {}
+    for lr, of_seeds in runs.get((method, chooser(arm)), {}).items():
+        told[lr] = {seed: record for seed, record in of_seeds.items() if seed in CHOOSING}
+    rate = best_rate(told) if any(told.values()) else None
+    return rate if rate in runs[method, arm] else best_rate(runs[method, arm])
 
 
 def rates(runs):

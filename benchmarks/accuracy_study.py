@@ -19,10 +19,9 @@ import time
 from pathlib import Path
 
 import accuracy
-from accuracy_arms import CHOOSING, best_rate, validation
+from accuracy_arms import CHOOSERS, CHOOSING, best_rate, chooser, validation
 
 RESULTS = Path(__file__).parent / "results"
-CHOOSERS = ["2 crops, equal compute", "multi-crop"]
 MAIN = [*CHOOSERS, "learned affinity", "release"]
 RATES = {"byol": [0.2, 0.4, 0.8], "moco-both": [0.1, 0.2, 0.4], "simsiam": [0.1, 0.2, 0.4]}
 COMMON = ["--backbone", "tiny", "--batch-size", "64", "--queue", "4096", "--precision", "bf16-mixed", "--validate"]
@@ -142,10 +141,13 @@ def candidates(output, dataset, method, arm, seed, epochs):
     chooses = arm in CHOOSERS and (dataset, epochs) == CHOSEN and seed in CHOOSING
     if chooses and (seed == CHOOSING[0] or method in UNSTEADY):
         return RATES[method]
-    of = CHOOSERS[not arm.startswith("2 crops")]
     found = {lr: {} for lr in RATES[method]}
     for record in gather(output, *CHOSEN):
-        if (record["method"], record["arm"]) == (method, of) and record["lr"] in found and record["seed"] in CHOOSING:
+        if (
+            (record["method"], record["arm"]) == (method, chooser(arm))
+            and record["lr"] in found
+            and record["seed"] in CHOOSING
+        ):
             found[record["lr"]][record["seed"]] = record
     first = CHOOSING[0]
     if not all(first in of_seeds for of_seeds in found.values()):
