@@ -219,7 +219,7 @@ def paired(runs, method, arm, base, what="knn"):
 
 
 def comparisons(runs, columns, each=True):
-    """What the main arms differ by, method by method (those of `POOLED` only if `each`), and over the pairs of `POOLED`."""
+    """What the main arms differ by, method by method (of `POOLED` only if `each`), and over the pairs of `POOLED`."""
     columns, rows = present(runs, columns), []
     methods = list(dict.fromkeys(method for method, _ in runs))
     alone = [method for method in methods if each or method not in POOLED]
