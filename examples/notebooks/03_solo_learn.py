@@ -60,7 +60,7 @@ SMALL = (
 )
 PRETRAIN = (
     *("--config-path", "scripts/pretrain/custom", "--config-name", "byol.yaml", "+logo=byol"),
-    *("augmentations.0.crop_size=48", "augmentations.1.crop_size=48", "augmentations.2.crop_size=32"),
+    *("augmentations.0.crop_size=48", "augmentations.1.crop_size=48"),
     *("method_kwargs.proj_hidden_dim=256", "method_kwargs.proj_output_dim=64", "method_kwargs.pred_hidden_dim=256"),
     *("method_kwargs.logo.monitor=true", "optimizer.name=sgd", "optimizer.lr=0.2", "~optimizer.kwargs"),
     *("optimizer.batch_size=16", "max_epochs=4", "+log_every_n_steps=2", *SMALL),
@@ -86,8 +86,11 @@ _ = run("main_pretrain.py", *PRETRAIN)
 print(checkpoint.name)
 saved = json.loads(arguments.read_text())
 print({name: saved[name] for name in ("method", "name")}, saved["method_kwargs"]["logo"])
+for crop in saved["augmentations"]:
+    print({name: crop[name] for name in ("num_crops", "crop_size", "rrc", "color_jitter", "gaussian_blur")})
 
 # %% [markdown]
+# The first two crops are the config's own; LoGo has added the third line's, and lets global crops begin where those end.
 # What is repelled, how strongly, and the crops are in the run's name, so that solo-learn's auto-resume does not take
 # one run of a sweep for another.
 #
