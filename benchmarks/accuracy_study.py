@@ -24,6 +24,7 @@ from accuracy_arms import CHOOSERS, CHOOSING, best_rate, chooser, validation
 RESULTS = Path(__file__).parent / "results"
 MAIN = [*CHOOSERS, "learned affinity", "release"]
 RATES = {"byol": [0.2, 0.4, 0.8], "moco-both": [0.1, 0.2, 0.4], "simsiam": [0.1, 0.2, 0.4]}
+MOVED = {("simsiam", "multi-crop"): [0.05, 0.1, 0.2]}  # the best was at the edge
 COMMON = ["--backbone", "tiny", "--batch-size", "64", "--queue", "4096", "--precision", "bf16-mixed", "--validate"]
 ONE_FACTOR = [
     *("ratio 0.1", "ratio 0.005", "ratio 0.05", "ratio 0.3"),  # 0.015 is the release
@@ -139,9 +140,10 @@ def advance(options):
 def candidates(output, dataset, method, arm, seed, epochs):
     """The learning rates that an arm still has to be trained at; none if that is not known yet."""
     chooses = arm in CHOOSERS and (dataset, epochs) == CHOSEN and seed in CHOOSING
+    rates = MOVED.get((method, chooser(arm)), RATES[method])
     if chooses and (seed == CHOOSING[0] or method in UNSTEADY):
-        return RATES[method]
-    found = {lr: {} for lr in RATES[method]}
+        return rates
+    found = {lr: {} for lr in rates}
     for record in gather(output, *CHOSEN):
         if (
             (record["method"], record["arm"]) == (method, chooser(arm))
