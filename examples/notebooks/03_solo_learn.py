@@ -90,7 +90,7 @@ for crop in saved["augmentations"]:
     print({name: crop[name] for name in ("num_crops", "crop_size", "rrc", "color_jitter", "gaussian_blur")})
 
 # %% [markdown]
-# The first two crops are the config's own; LoGo has added the third line's, and lets global crops begin where those end.
+# The first two lines are the config's own crops; LoGo has added the third, and lets global crops begin where local end.
 # What is repelled, how strongly, and the crops are in the run's name, so that solo-learn's auto-resume does not take
 # one run of a sweep for another.
 #
