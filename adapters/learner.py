@@ -108,7 +108,7 @@ class LoGoLearner(nn.Module):
             **options,
         )
         self.terms: LoGoTerms | None = None
-        self._checked_precision = False
+        self._warned = False
         self.to(next(backbone.parameters()).device)
 
     def forward(self, views: Sequence[Tensor]) -> Tensor:
@@ -151,8 +151,8 @@ class LoGoLearner(nn.Module):
         return terms.total
 
     def _warn_of_half_precision(self, online: Sequence[Tensor]) -> None:
-        first, self._checked_precision = not self._checked_precision, True
-        if first and any(p.dtype.itemsize < 4 for p in online):
+        if not self._warned and any(p.dtype.itemsize < 4 for p in online):
+            self._warned = True
             warnings.warn(
                 f"the target moves by {1 - self.momentum:.2g} of its distance a step, most of which half precision "
                 "rounds away: it lags behind. Keep the parameters in float32 and forward under torch.autocast.",

@@ -124,7 +124,7 @@ def reported(runs):
     return {
         (method, arm): {
             seed: record
-            for seed, record in of_rates[_chosen_rate(runs, method, arm)].items()
+            for seed, record in of_rates.get(_chosen_rate(runs, method, arm), {}).items()
             if method not in choosing or seed not in CHOOSING
         }
         for (method, arm), of_rates in runs.items()
@@ -132,12 +132,11 @@ def reported(runs):
 
 
 def _chosen_rate(runs, method, arm):
-    """The rate that the seeds there for it have chosen; of an arm that has none there, the one with the most seeds."""
+    """The rate that the choosing seeds prefer, whether the arm was run at it or not; else that of most seeds."""
     told = {}
     for lr, of_seeds in runs.get((method, chooser(arm)), {}).items():
         told[lr] = {seed: record for seed, record in of_seeds.items() if seed in CHOOSING}
-    rate = best_rate(told) if any(told.values()) else None
-    return rate if rate in runs[method, arm] else best_rate(runs[method, arm])
+    return best_rate(told if any(told.values()) else runs[method, arm])
 
 
 def rates(runs):

@@ -24,7 +24,7 @@ from accuracy_arms import CHOOSERS, CHOOSING, best_rate, chooser, validation
 RESULTS = Path(__file__).parent / "results"
 MAIN = [*CHOOSERS, "learned affinity", "release"]
 RATES = {"byol": [0.2, 0.4, 0.8], "moco-both": [0.1, 0.2, 0.4], "simsiam": [0.1, 0.2, 0.4]}
-MOVED = {("simsiam", "multi-crop"): [0.05, 0.1, 0.2]}  # the best was at the edge
+MOVED = {("simsiam", "multi-crop"): [0.05, 0.1, 0.2, 0.4]}  # the best was at the edge
 COMMON = ["--backbone", "tiny", "--batch-size", "64", "--queue", "4096", "--precision", "bf16-mixed", "--validate"]
 ONE_FACTOR = [
     *("ratio 0.1", "ratio 0.005", "ratio 0.05", "ratio 0.3"),  # 0.015 is the release

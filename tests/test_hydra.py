@@ -22,6 +22,8 @@ def main(cfg):
     print("imported", sorted({{"torch", "logo_plugin", "lightning"}} & set(sys.modules)))
     print("path", [source.path for source in HydraConfig.get().runtime.config_sources])
     print("method", cfg.get("method"))
+    if "solo.methods" in sys.modules:
+        assert cfg.method in sys.modules["solo.methods"].METHODS  # as main_pretrain.py
 
 main()
 """
@@ -57,6 +59,7 @@ def test_failed_registration_keeps_stock_methods(tmp_path, error):
     assert "python -m logo_plugin solo" in done.stderr
     # ... but never trains without LoGo when asked for it: +logo=byol still chooses method=logo_byol, which it has not.
     asked = run_app(tmp_path, "import solo.methods", "+logo=byol")
+    assert asked.returncode != 0
     assert "method logo_byol" in asked.stdout
     assert "LoGo is not available" in asked.stderr
 

@@ -1,6 +1,5 @@
 """The solo-learn adapter's configs: overlays, options, crops and the run's name."""
 
-import copy
 import json
 import pickle
 import re
@@ -158,7 +157,7 @@ def test_ratio_where_another_output_hides_the_projection():
 def test_too_few_crops():
     _, adapter = import_solo()
     for small, logo in ((0, {"affinity": False}), (1, {})):
-        with pytest.raises(ValueError, match="2 global crops alone it adds local ones"):
+        with pytest.raises(ValueError, match=r"got 2 and (0 .* solo-learn's parse_cfg adds them|1 .*In your list)"):
             adapter.LoGoBYOL(config("logo_byol", logo, small=small))
     with pytest.raises(ValueError, match="expected 2 global and 2 local crops, got 3"):
         build("logo_byol").training_step(batch(crops=3), 0)
@@ -353,6 +352,10 @@ def method_of(path):
 PATHS = sorted(path for path in Path(ROOT or "", "scripts/pretrain").glob("*/*.yaml") if method_of(path) in METHODS)
 
 
+def test_there_are_configs():
+    assert len(PATHS) > 20
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_local_crops_join_any_config_of_the_clone(path):
     """The method's name alone will do: the config's own crops keep all but the least scale, local ones are alike."""
@@ -391,6 +394,7 @@ def test_local_crops_join_any_config_of_the_clone(path):
         ("crop_size=[128,128]", 48),
         ("crop_size=28", [28, 28]),
         ("crop_size=[32,32]", 32),
+        ("crop_size=[96,96] method_kwargs.logo.local_size=[96,96]", 96),
         ("crop_size=96 method_kwargs.logo.local_size=96", [96, 96]),
         ("crop_size=[64,48] method_kwargs.logo.local_size=[32,24]", [32, 24]),
     ],
@@ -402,9 +406,6 @@ def test_size_of_the_local_crops(override, size):
 
 
 def test_local_crops_by_options():
-    """And a config that has been parsed, as args.json has it, can be parsed again."""
-    from solo.args.pretrain import parse_cfg
-
     own = ("local_crops=6", "local_size=64", "local_scale=[0.08,0.25]")
     cfg = checked(compose("imagenet-100", "byol", "+logo=byol", *(f"method_kwargs.logo.{option}" for option in own)))
     first, second, local = plain(cfg.augmentations)
@@ -412,9 +413,6 @@ def test_local_crops_by_options():
     assert (local["num_crops"], local["crop_size"]) == (6, 64)
     assert local["rrc"] == {"enabled": True, "crop_min_scale": 0.08, "crop_max_scale": 0.25}
     assert cfg.name == "byol-imagenet100-logo-affcosine-ratio0.1-g2x224s0.25-1-l6x64s0.08-0.25"
-    again = copy.deepcopy(cfg)
-    assert checked(parse_cfg(again)).augmentations == cfg.augmentations
-    assert again.name == cfg.name
 
 
 @pytest.mark.parametrize(
@@ -422,6 +420,7 @@ def test_local_crops_by_options():
     [
         (["local_crops=0"], r"local_crops must be a positive integer, got 0"),
         (["local_crops=1"], r"at least 2 local crops, got 2 and 1 "),
+        (["local_size=[96,96,96]"], r"local_size must be one number or two, height and width, got \[96, 96, 96\]"),
         (["local_size=big"], r"local_size must be a positive integer, got 'big'"),
         (["local_scale=0.3"], r"local_scale must be the least and the greatest part .*got 0\.3"),
         (["local_scale=[0.4,0.05]"], r"local_scale must be the least"),
@@ -443,7 +442,11 @@ def test_options_of_local_crops(overrides, message):
         (["augmentations.0.rrc.crop_max_scale=0.3"], r"local_scale reaches 0\.4, and .* of at most 0\.3 of the image"),
         (
             ["augmentations.0.crop_size=[64,48]", "augmentations.1.crop_size=[64,48]"],
-            r"crops of 64 x 48 px: choose method_kwargs\.logo\.local_size",
+            r"crops of 64 x 48 px: choose another method_kwargs\.logo\.local_size",
+        ),
+        (
+            [f"augmentations.{i}.crop_size=[64,48]" for i in (0, 1)] + ["method_kwargs.logo.local_size=[64,48]"],
+            r"crops of 64 x 48 px: choose another method_kwargs\.logo\.local_size",
         ),
         (["augmentations.1.num_crops=2"], r"got 3 and 0 "),
         (["augmentations.1.crop_size=192"], r"got 1 and 1 "),
@@ -452,6 +455,56 @@ def test_options_of_local_crops(overrides, message):
 def test_configs_that_local_crops_cannot_join(overrides, message):
     with pytest.raises(ValueError, match=message):
         compose("imagenet-100", "byol", "+logo=byol", *overrides)
+
+
+def test_what_local_crops_leave_alone():
+    """Global crops that begin higher, or take the whole image, and a scale of local crops that reaches as far."""
+    overrides = ("augmentations.0.rrc.crop_min_scale=0.5", "augmentations.1.color_jitter.hue=0.3")
+    first, second, local = plain(compose("imagenet-100", "byol", "method=logo_byol", *overrides).augmentations)
+    assert [crop["rrc"]["crop_min_scale"] for crop in (first, second)] == [0.5, 0.4]
+    assert [crop["color_jitter"]["hue"] for crop in (first, second, local)] == [0.1, 0.3, 0.1]
+    overrides = ("augmentations.0.rrc.enabled=false", "+method_kwargs.logo.local_scale=[0.08,1]")
+    first, second, local = plain(compose("imagenet-100", "byol", "method=logo_byol", *overrides).augmentations)
+    assert first["rrc"] == {"enabled": False, "crop_min_scale": 0.08, "crop_max_scale": 1.0}
+    assert second["rrc"] == {"enabled": True, "crop_min_scale": 0.4, "crop_max_scale": 1.0}
+    assert local["rrc"] == {"enabled": True, "crop_min_scale": 0.08, "crop_max_scale": 1}
+
+
+def test_it_says_what_it_adds(caplog):
+    with caplog.at_level("INFO"):
+        compose("imagenet-100", "byol", "method=logo_byol")
+    assert (
+        "adds local crops to your augmentations: 2 of 96 px, 0.05 to 0.4 of the image; global crops begin at 0.4"
+        in (caplog.text)
+    )
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        compose("imagenet-100-multicrop", "byol", "method=logo_byol")
+        compose("imagenet-100", "byol")
+    assert "LoGo" not in caplog.text
+
+
+def test_a_run_of_other_colours_is_not_resumed(tmp_path):
+    """The name knows nothing of colours; stock runs are found as ever."""
+    from omegaconf import OmegaConf
+    from solo.utils.auto_resumer import AutoResumer
+
+    other = "augmentations.0.color_jitter.brightness=0.1"
+    for method, found in (("method=logo_simclr", False), ("method=simclr", True)):
+        folder = tmp_path / method
+        folder.mkdir()
+        cfg = checked(compose("imagenet-100", "simclr", method))
+        (folder / "args.json").write_text(json.dumps(OmegaConf.to_container(cfg)))
+        (folder / "run.ckpt").touch()
+        for overrides, expected in (((method,), True), ((method, other), found)):
+            again = checked(compose("imagenet-100", "simclr", *overrides))
+            assert again.name == cfg.name
+            assert (AutoResumer(folder).find_checkpoint(again)[0] is not None) == expected
+
+
+def test_an_unknown_method():
+    with pytest.raises(ValueError, match=r"method=logo_byoll is none of .*, which are logo_barlow_twins, logo_byol, "):
+        compose("imagenet-100", "byol", "method=logo_byoll")
 
 
 def test_a_method_of_the_users(monkeypatch):

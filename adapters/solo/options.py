@@ -70,7 +70,9 @@ def checked(given: Any, *, hidden: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: If one is unknown, out of its range, or has no effect beside another one.
     """
-    given = OmegaConf.to_container(given) if OmegaConf.is_config(given) else {} if given is None else given
+    given = (
+        OmegaConf.to_container(given, resolve=True) if OmegaConf.is_config(given) else {} if given is None else given
+    )
     if not isinstance(given, dict):
         raise ValueError(f"method_kwargs.logo must be a mapping of options, got {given!r}.")
     for name in given:
@@ -126,11 +128,13 @@ def _check_local(options: Mapping[str, Any]) -> None:
     crops, size, scale = (options[name] for name in LOCAL)
     if crops is not None:
         positive_integer(f"{PREFIX}local_crops", crops)
-    for side in size if isinstance(size, list) and len(size) == 2 else [] if size is None else [size]:
+    if isinstance(size, list) and len(size) != 2:
+        raise ValueError(f"{PREFIX}local_size must be one number or two, height and width, got {size}.")
+    for side in size if isinstance(size, list) else [] if size is None else [size]:
         positive_integer(f"{PREFIX}local_size", side)
     if scale is None:
         return
-    numbers = isinstance(scale, (list, tuple)) and len(scale) == 2 and all(isinstance(x, (int, float)) for x in scale)
+    numbers = isinstance(scale, list) and len(scale) == 2 and all(isinstance(x, (int, float)) for x in scale)
     if not (numbers and 0 < scale[0] <= scale[1] <= 1):
         raise ValueError(
             f"{PREFIX}local_scale must be the least and the greatest part of the image, as [0.05,0.4], got {scale}."

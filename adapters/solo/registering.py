@@ -1,5 +1,6 @@
 """Makes LoGo's methods known to solo-learn, whose files stay as they are."""
 
+import hashlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from logo_plugin.adapters.solo.step import LoGo
 from omegaconf import DictConfig, OmegaConf
 from solo import methods
 from solo.methods.base import BaseMethod
+from solo.utils.auto_resumer import AutoResumer
 from solo.utils.checkpointer import Checkpointer
 from solo.utils.knn import WeightedKNNClassifier
 from torchmetrics import Metric
@@ -29,6 +31,7 @@ def register() -> None:
     Checkpointer.add_and_assert_specific_cfg = staticmethod(
         partial(_after_check, Checkpointer.add_and_assert_specific_cfg)
     )
+    AutoResumer.SHOULD_MATCH.append("logo_augmentations")
     # On the base class, so that a stock method says that it was given a checkpoint of LoGo's.
     BaseMethod.on_load_checkpoint = check_checkpoint
     names = {cls: name for name, cls in methods.METHODS.items()}
@@ -57,8 +60,13 @@ def _after_check(stock: Callable[[DictConfig], DictConfig], cfg: DictConfig) -> 
         add_local_crops(cfg, options)
         check_config(cfg, affinity=bool(options["affinity"]))
         check_format(cfg)
+        # AutoResumer looks at it, other than at augmentations, which stock runs may change.
+        cfg.logo_augmentations = hashlib.sha256(OmegaConf.to_yaml(cfg.augmentations).encode()).hexdigest()
     elif method.startswith("logo_") and host is not None and reason(host):
         raise TypeError(f"LoGo cannot carry {host.__name__}: {reason(host)}")
+    elif method.startswith("logo_") and cls is None:
+        ours = ", ".join(sorted(name for name in methods.METHODS if name.startswith("logo_")))
+        raise ValueError(f"method={method} is none of solo-learn's with LoGo, which are {ours}.")
     elif given is not None:
         known = f"logo_{method}" in methods.METHODS
         cure = f"Set method=logo_{method}, or leave it out." if known else "Leave it out."

@@ -22,7 +22,8 @@ def draw_crops(image: ImageLike, collate: MultiCropCollate, *, rows: int = 3) ->
     """Draws an image with the boxes of its crops, and beside it the crops, augmented.
 
     Args:
-        image: Whatever `MultiCropCollate` takes. Of channels other than red, green and blue see `visible`.
+        image: One image, of any kind that `MultiCropTransform` takes. Of other channels than red, green and blue the
+            first three are shown, or the first as grey where there are fewer.
         collate: Its options are those of the crops; `defer`, `return_boxes` and the keys of dicts are not looked at.
         rows: How often the crops are drawn anew; the boxes are those of the first row.
 
@@ -31,6 +32,7 @@ def draw_crops(image: ImageLike, collate: MultiCropCollate, *, rows: int = 3) ->
 
     Raises:
         ValueError: If the image cannot be decoded, or `rows` is not a positive integer.
+        TypeError: If it is none of these kinds.
     """
     positive_integer("rows", rows)
     pixels = decode(image, len(collate.mean))
