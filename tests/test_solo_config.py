@@ -463,6 +463,9 @@ def test_what_local_crops_leave_alone():
     first, second, local = plain(compose("imagenet-100", "byol", "method=logo_byol", *overrides).augmentations)
     assert [crop["rrc"]["crop_min_scale"] for crop in (first, second)] == [0.5, 0.4]
     assert [crop["color_jitter"]["hue"] for crop in (first, second, local)] == [0.1, 0.3, 0.1]
+    pipeline = "{rrc: {enabled: true, crop_min_scale: 0.2, crop_max_scale: 1.0}, crop_size: 224, num_crops: 2}"
+    fork = plain(compose("cifar", "vicreg", "method=logo_vicreg", f"augmentations=[{pipeline}]").augmentations)
+    assert fork[1].keys() == fork[0].keys() == {"rrc", "crop_size", "num_crops"}
     overrides = ("augmentations.0.rrc.enabled=false", "+method_kwargs.logo.local_scale=[0.08,1]")
     first, second, local = plain(compose("imagenet-100", "byol", "method=logo_byol", *overrides).augmentations)
     assert first["rrc"] == {"enabled": False, "crop_min_scale": 0.08, "crop_max_scale": 1.0}

@@ -115,7 +115,8 @@ def _extended(large: Sequence[Any], options: Mapping[str, Any]) -> ListConfig:
     local |= {"crop_size": _size(large[0], options["local_size"]), "num_crops": options["local_crops"]}
     local["rrc"] = {"enabled": True, "crop_min_scale": low, "crop_max_scale": high}
     for effect, share in (("gaussian_blur", fmean), ("solarization", min)):
-        local[effect] |= {"prob": share(crop[effect]["prob"] for crop in crops for _ in range(crop["num_crops"]))}
+        if all(effect in crop for crop in crops):  # a fork of solo-learn may have others
+            local[effect] |= {"prob": share(crop[effect]["prob"] for crop in crops for _ in range(crop["num_crops"]))}
     for rrc in (crop["rrc"] for crop in crops):
         if rrc["enabled"] and rrc["crop_max_scale"] <= least:
             raise ValueError(
