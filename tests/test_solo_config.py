@@ -458,14 +458,19 @@ def test_configs_that_local_crops_cannot_join(overrides, message):
 
 
 def test_what_local_crops_leave_alone():
-    """Global crops that begin higher, or take the whole image, and a scale of local crops that reaches as far."""
+    """Global crops that begin higher, or take the whole image, a scale that reaches as far, and a fork's pipelines."""
     overrides = ("augmentations.0.rrc.crop_min_scale=0.5", "augmentations.1.color_jitter.hue=0.3")
     first, second, local = plain(compose("imagenet-100", "byol", "method=logo_byol", *overrides).augmentations)
     assert [crop["rrc"]["crop_min_scale"] for crop in (first, second)] == [0.5, 0.4]
     assert [crop["color_jitter"]["hue"] for crop in (first, second, local)] == [0.1, 0.3, 0.1]
-    pipeline = "{rrc: {enabled: true, crop_min_scale: 0.2, crop_max_scale: 1.0}, crop_size: 224, num_crops: 2}"
-    fork = plain(compose("cifar", "vicreg", "method=logo_vicreg", f"augmentations=[{pipeline}]").augmentations)
-    assert fork[1].keys() == fork[0].keys() == {"rrc", "crop_size", "num_crops"}
+    fork = compose("imagenet-100", "byol")
+    for pipeline in fork.augmentations:
+        del pipeline["gaussian_blur"], pipeline["solarization"]
+    fork.method = "logo_byol"
+    from solo.args.pretrain import parse_cfg
+
+    fork = plain(parse_cfg(fork).augmentations)
+    assert [len(crop) for crop in fork] == [len(local) - 2] * 3
     overrides = ("augmentations.0.rrc.enabled=false", "+method_kwargs.logo.local_scale=[0.08,1]")
     first, second, local = plain(compose("imagenet-100", "byol", "method=logo_byol", *overrides).augmentations)
     assert first["rrc"] == {"enabled": False, "crop_min_scale": 0.08, "crop_max_scale": 1.0}
