@@ -77,8 +77,9 @@ STAGES = [
     ("collages", "moco-both", [*MAIN[:3], "cosine", "cosine, annealed"], [3, 4, 5], 11),
     ("imagenette", "simsiam", CHOOSERS, [0, 1, 2], 11),
     # Multi-crop is behind 2 crops after 11 epochs: is it at the end of a longer schedule?
-    ("imagenette", "simsiam", [*MAIN[:2], "cosine, annealed"], [3, 4, 5], 60),
+    ("imagenette", "simsiam", [*MAIN[:2], "cosine, annealed"], [3], 60),
     ("imagenette", "simsiam", [*MAIN[:2], "cosine, annealed"], [3, 4, 5], 11),
+    ("imagenette", "simsiam", [*MAIN[:2], "cosine, annealed"], [4, 5], 60),
     ("imagenette", "simsiam", [MAIN[2]], [3, 4, 5], 11),
     ("imagenette", "byol", ["cosine"], [0, 1, 2], 60),
     ("imagenette", "moco-both", ["lambda 1e-05"], [0, 3, 4], 60),
