@@ -222,7 +222,7 @@ def comparisons(runs, columns, each=True):
     columns, rows = present(runs, columns), []
     methods = list(dict.fromkeys(method for method, _ in runs))
     alone = [method for method in methods if each or method not in POOLED]
-    groups = {" and ".join(map(heading, POOLED)): POOLED} if set(POOLED) <= set(methods) else {}
+    groups = {", ".join(map(heading, POOLED)): POOLED} if set(POOLED) <= set(methods) else {}
     single = {method: [method] for method in alone}
     for name, of in (single | groups if each else groups | single).items():
         for arm, base in PAIRS:
