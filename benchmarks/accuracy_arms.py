@@ -143,7 +143,7 @@ def chooser(arm):
 
 def best_rate(of_rates):
     """The learning rate of {rate: {seed: record}} that validates best, of those with the most seeds."""
-    return max(of_rates, key=lambda lr: (len(of_rates[lr]), validation(of_rates[lr]) if of_rates[lr] else 0.0))
+    return max(of_rates, key=lambda lr: (len(of_rates[lr]), validation(of_rates[lr])))
 
 
 def validation(of_seeds):

@@ -133,10 +133,9 @@ def reported(runs):
 
 def _chosen_rate(runs, method, arm):
     """The rate that the choosing seeds prefer, whether the arm was run at it or not; else that of most seeds."""
-    told = {}
-    for lr, of_seeds in runs.get((method, chooser(arm)), {}).items():
-        told[lr] = {seed: record for seed, record in of_seeds.items() if seed in CHOOSING}
-    return best_rate(told if any(told.values()) else runs[method, arm])
+    of_rates = runs.get((method, chooser(arm)), {})
+    told = {lr: {seed: of_seeds[seed] for seed in CHOOSING if seed in of_seeds} for lr, of_seeds in of_rates.items()}
+    return best_rate({lr: of_seeds for lr, of_seeds in told.items() if of_seeds} or runs[method, arm])
 
 
 def rates(runs):

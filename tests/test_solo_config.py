@@ -481,10 +481,8 @@ def test_what_local_crops_leave_alone():
 def test_it_says_what_it_adds(caplog):
     with caplog.at_level("INFO"):
         compose("imagenet-100", "byol", "method=logo_byol")
-    assert (
-        "adds local crops to your augmentations: 2 of 96 px, 0.05 to 0.4 of the image; global crops begin at 0.4"
-        in (caplog.text)
-    )
+    said = "adds local crops to your augmentations: 2 of 96 px, 0.05 to 0.4 of the image; global crops begin at 0.4"
+    assert said in caplog.text
     caplog.clear()
     with caplog.at_level("INFO"):
         compose("imagenet-100-multicrop", "byol", "method=logo_byol")

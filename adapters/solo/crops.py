@@ -117,14 +117,13 @@ def _extended(large: Sequence[Any], options: Mapping[str, Any]) -> ListConfig:
     for effect, share in (("gaussian_blur", fmean), ("solarization", min)):
         if all(effect in crop for crop in crops):  # a fork of solo-learn may have others
             local[effect] |= {"prob": share(crop[effect]["prob"] for crop in crops for _ in range(crop["num_crops"]))}
-    for rrc in (crop["rrc"] for crop in crops):
-        if rrc["enabled"] and rrc["crop_max_scale"] <= least:
+    for rrc in (crop["rrc"] for crop in crops if crop["rrc"]["enabled"]):
+        if rrc["crop_max_scale"] <= least:
             raise ValueError(
                 f"{PREFIX}local_scale reaches {high}, and augmentations has global crops of at most "
                 f"{rrc['crop_max_scale']} of the image. Lower it."
             )
-        if rrc["enabled"]:
-            rrc["crop_min_scale"] = max(rrc["crop_min_scale"], least)
+        rrc["crop_min_scale"] = max(rrc["crop_min_scale"], least)
     return OmegaConf.create([*crops, local])
 
 
