@@ -62,6 +62,8 @@ ARMS |= {
     "logit": ({**STRONG, "repulsion": "logit"}, {}),
     "cosine": ({**STRONG, **COSINE}, {}),
     "cosine, annealed": ({}, {}),  # the default: to nothing, as the learning rate does
+    "cosine, annealed, ratio 0.03": ({"gradient_ratio": 0.03}, {}),
+    "cosine, annealed, ratio 0.3": ({"gradient_ratio": 0.3}, {}),
     "attraction": ({**STRONG, "affinity": Attraction}, {}),
     "no noise": ({**STRONG, "positive_noise": 0.0}, {}),
     "noise 1": ({**STRONG, "positive_noise": 1.0}, {}),
