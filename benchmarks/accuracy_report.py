@@ -53,6 +53,12 @@ PAIRS = (
     ("release", "2 crops, equal compute"),
     ("release", "multi-crop"),
 )
+FIRST = [  # the pairs of the first table
+    ("cosine, annealed", "2 crops, equal compute"),
+    ("multi-crop", "2 crops, equal compute"),
+    ("cosine, annealed", "multi-crop"),
+    ("learned affinity", "multi-crop"),
+]
 QUALITY = (
     "knn",
     "linear",
@@ -100,6 +106,7 @@ DOSES = {
     "BatchNorm affinity": {0.1: "ratio 0.1", 0.015: "release", **{r: f"ratio {r:g}" for r in (0.005, 0.05, 0.3)}},
     "LayerNorm affinity": {0.1: "layer norm", **{r: f"layer norm, ratio {r:g}" for r in (0.005, 0.015, 0.05, 0.3)}},
     "cosine": {0.1: "cosine", **{r: f"cosine, ratio {r:g}" for r in (0.005, 0.015, 0.05, 0.3)}},
+    "cosine, annealed": {0.1: "cosine, annealed", **{r: f"cosine, annealed, ratio {r:g}" for r in (0.03, 0.3)}},
 }
 
 
@@ -216,15 +223,15 @@ def paired(runs, method, arm, base, what="knn"):
     return [mine[s]["final"][what] - reference[s]["final"][what] for s in sorted(mine.keys() & reference.keys())]
 
 
-def comparisons(runs, columns, each=True):
-    """What the main arms differ by, method by method (of `POOLED` only if `each`), and over the pairs of `POOLED`."""
+def comparisons(runs, columns, pairs=PAIRS, each=True):
+    """What the main arms differ by, method by method (of `POOLED` only if `each`), and over `POOLED` as one sample."""
     columns, rows = present(runs, columns), []
     methods = list(dict.fromkeys(method for method, _ in runs))
     alone = [method for method in methods if each or method not in POOLED]
     groups = {", ".join(map(heading, POOLED)): POOLED} if set(POOLED) <= set(methods) else {}
     single = {method: [method] for method in alone}
     for name, of in (single | groups if each else groups | single).items():
-        for arm, base in PAIRS:
+        for arm, base in pairs:
             having = [method for method in of if paired(runs, method, arm, base)]
             if len(having) > (name in groups):
                 cells = [[v for m in having for v in paired(runs, m, arm, base, column)] for column in columns]
@@ -330,18 +337,26 @@ def draw_factors(runs, method, base, path):
     plt.close(figure)
 
 
-def draw_doses(runs, methods, path):
-    """k-NN against the repulsion's cap, minus plain multi-crop's of the same seeds."""
-    figure, axes = plt.subplots(1, len(methods), figsize=(4.2 * len(methods), 3.6), layout="constrained", squeeze=False)
-    for axis, method in zip(axes[0], methods, strict=True):
-        for (name, arms), colour in zip(DOSES.items(), ("#ff7f0e", "#2ca02c", "#9467bd"), strict=True):
-            found = {dose: paired(runs, method, arm, "multi-crop") for dose, arm in sorted(arms.items())}
-            found = {dose: pairs for dose, pairs in found.items() if pairs}
-            if not found:
-                continue
-            means, halves = zip(*map(interval, found.values()), strict=True)
-            axis.errorbar(list(found), means, [half or 0 for half in halves], color=colour, capsize=3, label=name)
-            for dose, pairs in found.items():
+def draw_doses(runs, path):
+    """k-NN against the repulsion's cap, minus plain multi-crop's of the same seeds, of methods with several doses."""
+    panels = {}
+    for method in dict.fromkeys(method for method, _ in runs):
+        of = {
+            name: {dose: paired(runs, method, arms[dose], "multi-crop") for dose in sorted(arms)}
+            for name, arms in DOSES.items()
+        }
+        of = {name: {dose: pairs for dose, pairs in doses.items() if pairs} for name, doses in of.items()}
+        if any(len(doses) > 1 for doses in of.values()):
+            panels[method] = of
+    if not panels:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained", squeeze=False)
+    for axis, (method, of) in zip(axes[0], panels.items(), strict=True):
+        for (name, doses), colour in zip(of.items(), ("#ff7f0e", "#8c564b", "#2ca02c", "#9467bd"), strict=True):
+            if doses:
+                means, halves = zip(*map(interval, doses.values()), strict=True)
+                axis.errorbar(list(doses), means, [half or 0 for half in halves], color=colour, capsize=3, label=name)
+            for dose, pairs in doses.items():
                 axis.plot([dose] * len(pairs), pairs, "o", color=colour, markersize=3.5, alpha=0.6)
         axis.axhline(0, color="#1f77b4", linewidth=0.8)
         axis.set(title=heading(method), xlabel="gradient_ratio", ylabel="k-NN minus multi-crop's, points", xscale="log")
@@ -392,7 +407,7 @@ def main():
         text = {
             f"{dataset} main": table(runs, ("lr", *QUALITY, "s per step", "cpu_seconds")),
             f"{dataset} mechanism": table(runs, MECHANISM),
-            f"{dataset} summary": comparisons(runs, [what for what in QUALITY if not what.endswith("_linear")], False),
+            f"{dataset} summary": comparisons(runs, (*QUALITY[:3], "cifar10_knn"), FIRST, each=False),
             f"{dataset} differences": comparisons(runs, QUALITY),
             f"{dataset} rates": rates(swept[dataset]),
             f"{dataset} course": course(runs),
@@ -406,8 +421,7 @@ def main():
         if options.figures and sum(arm not in MAIN for _, arm in runs) > 4:
             most = max(methods, key=lambda method: sum(of == method for of, _ in runs))
             draw_factors(runs, most, "multi-crop", options.figures / f"accuracy_factors_{file}.png")
-            if any("lr" in r for of_seeds in runs.values() for r in of_seeds.values()):
-                draw_doses(runs, methods, options.figures / f"accuracy_doses_{file}.png")
+            draw_doses(runs, options.figures / f"accuracy_doses_{file}.png")
 
 
 if __name__ == "__main__":
