@@ -105,6 +105,8 @@ ARMS |= {
 }
 for scale in ((0.15, 0.4), (0.08, 0.25), (0.05, 0.25), (0.05, 0.4)):
     ARMS[f"local scale {scale[0]:g}-{scale[1]:g}"] = ({"affinity": None}, {"crops": {"local_scale": scale}})
+# MultiCropCollate's own, the release's.
+ARMS["default scales"] = ({"affinity": None}, {"crops": {"global_scale": (0.4, 1.0), "local_scale": (0.05, 0.4)}})
 
 # Where local crops lie.
 APART = {"crops": {"local_placement": "apart"}}

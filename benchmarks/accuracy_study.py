@@ -41,12 +41,12 @@ ONE_FACTOR = [
 ]
 # What the others refine: of MoCo first, whose seeds differ least. What would change a default leads.
 KEY = [
-    *("local scale 0.05-0.4", "4 local crops, equal compute", "6 local crops, equal compute", "local scale 0.08-0.25"),
-    *("cosine, annealed, ratio 0.3", "cosine, annealed, ratio 0.03", "local inside global", "local apart"),
+    *("4 local crops, equal compute", "6 local crops, equal compute", "cosine, annealed, ratio 0.3"),
+    *("cosine, annealed, ratio 0.03", "local inside global", "local apart"),
 ]
 ALSO_KEY = [
     *("ratio 0.1", "ratio 0.3", "cosine, ratio 0.015", "cosine, ratio 0.3", "attraction", "averaged targets"),
-    *("layer norm", "cosine, local apart"),
+    *("layer norm", "cosine, local apart", "local scale 0.05-0.4", "local scale 0.08-0.25"),
 ]
 PREDICTORLESS = [arm for arm in ONE_FACTOR if "predictor" not in arm and arm != "MULAN"]
 CHOSEN = ("imagenette", 11)  # the data set and the epochs that the rates are chosen by
@@ -82,7 +82,11 @@ STAGES = [
     # Multi-crop is behind 2 crops after 11 epochs: is it at the end of a longer schedule?
     ("imagenette", "simsiam", [*MAIN[:2], "cosine, annealed"], [3], 60),
     ("imagenette", "simsiam", [*MAIN[:2], "cosine, annealed"], [3, 4, 5], 11),
-    ("imagenette", "simsiam", [*MAIN[:2], "cosine, annealed"], [4, 5], 60),
+    ("imagenette", "simsiam", [*MAIN[:2], "cosine, annealed"], [4], 60),
+    # All of this has smaller crops than MultiCropCollate by itself.
+    ("imagenette", "moco-both", ["default scales"], [3, 4, 5], 11),
+    ("imagenette", "byol", ["default scales"], [3, 4, 5], 11),
+    ("imagenette", "simsiam", [*MAIN[:2], "cosine, annealed"], [5], 60),
     ("imagenette", "moco-both", KEY, [3, 4, 5], 11),
     ("imagenette", "moco-both", [*MAIN[3:], *ALSO_KEY], [3, 4, 5], 11),
     ("imagenette", "simsiam", [MAIN[2]], [3, 4, 5], 11),
