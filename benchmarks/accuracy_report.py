@@ -279,28 +279,34 @@ def draw_curves(everything, path):
 
     `everything` are (data set and schedule, runs, method).
     """
-    columns = min(3, len(everything))
+    columns = 2 if len(everything) == 4 else min(3, len(everything))
     rows = math.ceil(len(everything) / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.8 * rows), layout="constrained", squeeze=False)
+    lines = {}
     for axis, (dataset, runs, method) in zip(axes.flat, everything, strict=False):
+        seeds = set()
         for arm in MAIN:
             of_seeds = list(runs.get((method, arm), {}).values())
             if len(of_seeds) < 3:
                 continue
+            seeds.add(len(of_seeds))
             factor = of_seeds[0].get("cost") or cost(method, arm, CIFAR)
             compute = [epoch * factor for epoch, _ in of_seeds[0]["curve"]]
             curves = [[accuracy for _, accuracy in record["curve"]] for record in of_seeds]
             means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
-            axis.plot(compute, means, color=COLOURS[arm], label=f"{arm} ({len(curves)})")
+            (lines[arm],) = axis.plot(compute, means, color=COLOURS[arm])
             for curve in curves:
                 axis.plot(compute, curve, "o", color=COLOURS[arm], markersize=2.5, alpha=0.35)
         name, *schedule = dataset.split()
         axis.set(xlabel="compute, in epochs of 2 crops", ylabel="k-NN accuracy, %")
-        axis.set_title(", ".join([heading(method), heading(name), *(f"{epochs} epochs" for epochs in schedule)]))
+        of = [heading(method), heading(name), *(f"{epochs} epochs" for epochs in schedule)]
+        least, most = min(seeds), max(seeds)
+        of.append(f"{least} seeds" if least == most else f"{least} to {most} seeds")
+        axis.set_title(", ".join(of), fontsize=10)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, title="arm (seeds)", title_fontsize=8)
     for axis in axes.flat[len(everything) :]:
         axis.set_axis_off()
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
