@@ -64,6 +64,7 @@ ARMS |= {
     "cosine, annealed": ({}, {}),  # the default: to nothing, as the learning rate does
     "cosine, annealed, ratio 0.03": ({"gradient_ratio": 0.03}, {}),
     "cosine, annealed, ratio 0.3": ({"gradient_ratio": 0.3}, {}),
+    "cosine, annealed, ratio 1": ({"gradient_ratio": 1.0}, {}),
     "attraction": ({**STRONG, "affinity": Attraction}, {}),
     "no noise": ({**STRONG, "positive_noise": 0.0}, {}),
     "noise 1": ({**STRONG, "positive_noise": 1.0}, {}),

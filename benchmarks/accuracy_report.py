@@ -106,7 +106,7 @@ DOSES = {
     "BatchNorm affinity": {0.1: "ratio 0.1", 0.015: "release", **{r: f"ratio {r:g}" for r in (0.005, 0.05, 0.3)}},
     "LayerNorm affinity": {0.1: "layer norm", **{r: f"layer norm, ratio {r:g}" for r in (0.005, 0.015, 0.05, 0.3)}},
     "cosine": {0.1: "cosine", **{r: f"cosine, ratio {r:g}" for r in (0.005, 0.015, 0.05, 0.3)}},
-    "cosine, annealed": {0.1: "cosine, annealed", **{r: f"cosine, annealed, ratio {r:g}" for r in (0.03, 0.3)}},
+    "cosine, annealed": {0.1: "cosine, annealed", **{r: f"cosine, annealed, ratio {r:g}" for r in (0.03, 0.3, 1)}},
 }
 
 

@@ -87,6 +87,12 @@ STAGES = [
     ("imagenette", "moco-both", ["default scales"], [3, 4, 5], 11),
     ("imagenette", "byol", ["default scales"], [3, 4, 5], 11),
     ("imagenette", "simsiam", [*MAIN[:2], "cosine, annealed"], [5], 60),
+    # Three times the default's strength is twice as far ahead of multi-crop in the first two seeds.
+    ("imagenette", "moco-both", ["cosine, annealed, ratio 0.3"], [3, 4, 5], 11),
+    ("imagenette", "byol", ["cosine, annealed, ratio 0.3"], [3, 4, 5], 11),
+    ("imagenette", "moco-both", ["cosine, annealed, ratio 1"], [3], 11),
+    ("imagenette", "moco-both", ["cosine, annealed, ratio 0.3"], [6, 5, 0, 3, 4], 60),
+    ("imagenette", "byol", ["cosine, annealed, ratio 0.3"], [3, 4, 0, 1, 2], 60),
     ("imagenette", "moco-both", KEY, [3, 4, 5], 11),
     ("imagenette", "moco-both", [*MAIN[3:], *ALSO_KEY], [3, 4, 5], 11),
     ("imagenette", "simsiam", [MAIN[2]], [3, 4, 5], 11),
