@@ -87,7 +87,7 @@ STAGES = [
     ("imagenette", "moco-both", ["default scales"], [3, 4, 5], 11),
     ("imagenette", "byol", ["default scales"], [3, 4, 5], 11),
     ("imagenette", "simsiam", [*MAIN[:2], "cosine, annealed"], [5], 60),
-    # Three times the default's strength is twice as far ahead of multi-crop in the first two seeds.
+    # Three times the default's strength: twice as far ahead of multi-crop with MoCo. After 60 epochs, too?
     ("imagenette", "moco-both", ["cosine, annealed, ratio 0.3"], [3, 4, 5], 11),
     ("imagenette", "byol", ["cosine, annealed, ratio 0.3"], [3, 4, 5], 11),
     ("imagenette", "moco-both", ["cosine, annealed, ratio 1"], [3], 11),
