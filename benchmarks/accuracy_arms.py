@@ -62,9 +62,6 @@ ARMS |= {
     "logit": ({**STRONG, "repulsion": "logit"}, {}),
     "cosine": ({**STRONG, **COSINE}, {}),
     "cosine, annealed": ({}, {}),  # the default: to nothing, as the learning rate does
-    "cosine, annealed, ratio 0.03": ({"gradient_ratio": 0.03}, {}),
-    "cosine, annealed, ratio 0.3": ({"gradient_ratio": 0.3}, {}),
-    "cosine, annealed, ratio 1": ({"gradient_ratio": 1.0}, {}),
     "attraction": ({**STRONG, "affinity": Attraction}, {}),
     "no noise": ({**STRONG, "positive_noise": 0.0}, {}),
     "noise 1": ({**STRONG, "positive_noise": 1.0}, {}),
@@ -93,6 +90,8 @@ for ratio in (0.005, 0.015, 0.05, 0.1, 0.3):
     ARMS[f"backbone, ratio {ratio:g}"] = ({**dose, **AT_BACKBONE, "affinity": partial(Affinity, 128)}, {})
     ARMS[f"backbone cosine, ratio {ratio:g}"] = ({**dose, **AT_BACKBONE, **COSINE}, {})
     ARMS[f"backbone layer norm, ratio {ratio:g}"] = ({**dose, **AT_BACKBONE, **LAYER}, {})
+for ratio in (0.03, 0.3, 1.0):
+    ARMS[f"cosine, annealed, ratio {ratio:g}"] = ({"gradient_ratio": ratio}, {})
 
 # Without repulsion: how many local crops, how small, and whose predictor. MULAN (arXiv 2602.05845) weighs
 # mean(global) + mean(local), which is the sum over 2 + 2 crops' four local-global pairs at a quarter each.
