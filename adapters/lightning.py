@@ -231,8 +231,8 @@ def _picture(views: Sequence[Tensor], images: int, trainer: Any, global_crops: i
     """A grid, uint8 (3, H, W), with a row for each image: its crops, each at its own size, under two headings."""
     loader = trainer.train_dataloader
     makers = (getattr(loader, "collate_fn", None), getattr(getattr(loader, "dataset", None), "transform", None))
-    # Where the statistics are not known the default, ImageNet's: colours are off by little.
-    known = next((maker for maker in makers if isinstance(maker, MultiCropTransform)), MultiCropTransform)
+    # MultiCropTransform's or solo-learn's FastCrops'. Where they are not known ImageNet's: colours are off by little.
+    known = next((maker for maker in makers if isinstance(getattr(maker, "std", None), tuple)), MultiCropTransform)
     height, width = (max(view.shape[i] for view in views) for i in (2, 3))
     columns = []
     for view in views:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from photos import tiles
+from PIL import Image
 from solo_clone import MARKS, ROOT, batch, build, compose, config, gradients, import_solo
 from torch.utils.data import DataLoader
 
@@ -165,6 +166,36 @@ def test_fast_crops_end_with_the_fit(fails, folder, monkeypatch):
         Trainer(max_steps=1, accelerator="cpu", **quiet).fit(model, loader)
     assert (loader.collate_fn, dataset.transform, dataset.loader) == before
     assert [view.shape[2] for view in next(iter(loader))[1]] == [64, 64, 32, 32]
+
+
+def test_the_monitor_shows_fast_crops_in_their_colours(folder, tmp_path):
+    """Normalised by statistics far from ImageNet's, crops without augmentation are drawn as the files' own pixels."""
+    methods, _ = import_solo()
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import CSVLogger
+    from solo.data import pretrain_dataloader as data
+
+    options = ("method_kwargs.logo.fast_crops=true", "method_kwargs.logo.monitor=true")
+    overrides = ("data.dataset=custom", *options, "max_epochs=1", "+data.num_classes=4")
+    cfg = compose("custom", "byol", "+logo=[byol,first_try]", *overrides)
+    pipelines = []
+    for crop in cfg.augmentations:
+        crop.rrc.crop_min_scale = crop.rrc.crop_max_scale = 1.0
+        crop.horizontal_flip.prob = crop.grayscale.prob = crop.color_jitter.prob = 0.0
+        crop.gaussian_blur.prob = crop.solarization.prob = 0.0
+        crop.mean, crop.std = [0.1, 0.5, 0.9], [0.1, 0.2, 0.3]
+        pipelines.append(data.NCropAugmentation(data.build_transform_pipeline("custom", crop), crop.num_crops))
+    dataset = data.prepare_datasets("custom", data.FullTransformPipeline(pipelines), folder, "image_folder")
+    quiet = {name: False for name in ("enable_checkpointing", "enable_progress_bar", "enable_model_summary")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = methods.METHODS[cfg.method](cfg)
+        trainer = Trainer(max_epochs=1, limit_train_batches=1, accelerator="cpu", logger=CSVLogger(tmp_path), **quiet)
+        trainer.fit(model, DataLoader(dataset, batch_size=4))
+    (drawn,) = tmp_path.rglob("logo_crops/epoch_0000.png")
+    first = Image.open(dataset.samples[0][0])
+    shown = Image.open(drawn).crop((2, 16, 66, 80))  # below the headings
+    assert np.abs(np.asarray(shown, int) - np.asarray(first, int)).max() <= 1
 
 
 @pytest.mark.parametrize("fast", [False, True])

@@ -81,6 +81,7 @@ class FastCrops:
                     std=std,
                 )
             )
+        self.mean, self.std = self.pipelines[0].mean, self.pipelines[0].std
 
     def __call__(self, samples: Sequence[tuple[int, Any, Any]]) -> list[Any]:
         """Makes the batch of (index, image, target), an image being a PIL image or a path.
@@ -107,8 +108,7 @@ class FastCrops:
             for pipeline, out in zip(self.pipelines, views, strict=True):
                 pipeline._render(pixels, list(islice(rest, len(out))), [view[n] for view in out], self.defer)
         per_view = [list(view) for view in zip(*recipes, strict=True)]
-        first = self.pipelines[0]
-        deferred = DeferredViews([*chain(*views)], per_view if self.defer == "augment" else None, first.mean, first.std)
+        deferred = DeferredViews([*chain(*views)], per_view if self.defer == "augment" else None, self.mean, self.std)
         batch: list[Any] = [default_collate(list(indexes)), deferred, default_collate(list(targets))]
         if self.return_boxes:  # N first, as everywhere in the batch: Lightning takes its size from all tensors
             batch.append(torch.tensor([[recipe.box for recipe in image] for image in recipes], dtype=torch.float32))
