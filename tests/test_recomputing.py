@@ -75,6 +75,32 @@ def test_learner(method):
         LoGoLearner(hosts.small_backbone(), method, checkpoint_local_crops=1, **sizes)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", ["learner", "byol", "simclr"])
+def test_compiled(make):
+    """In a compiled learner or wrapped model it trains as an eager one without it does."""
+    states = []
+    for cheap in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        if make == "learner":
+            sizes = {"image_size": (32, 24), "hidden_dim": 24, "output_dim": 16, "predictor_dim": 8}
+            net = nn.Sequential(*hosts.small_backbone(), nn.Flatten())
+            model = LoGoLearner(net, checkpoint_local_crops=cheap, anneal_repulsion=False, **sizes)
+        else:
+            cls, make_criterion = hosts.PLAIN[make]
+            model = wrap(cls(), criterion=make_criterion(), checkpoint_local_crops=cheap)
+        run = torch.compile(model, backend="aot_eager") if cheap else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for _ in range(2):
+            optimizer.zero_grad()
+            run(batch()[0]).backward()
+            optimizer.step()
+        states.append(model.state_dict())
+    for (name, expected), found in zip(states[0].items(), states[1].values(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_under_autocast():
     torch.manual_seed(0)
     plain = wrap(hosts.SimSiam())

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torch.utils import checkpoint as checkpointing
 
+from logo_plugin.compiling import eager
 from logo_plugin.local_predictor import stand_in
 from logo_plugin.modes import kept_statistics
 
@@ -45,6 +46,7 @@ def recomputed(backbone: nn.Module | None) -> Iterator[None]:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), kept_statistics(backbone)
 
+    @eager  # its graph could not be built again in backward
     def cheap(*args: Any, **kwargs: Any) -> Any:
         calls.append(len(args))
         return checkpointing.checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
