@@ -90,10 +90,10 @@ STAGES = [
     ("imagenette", "moco-both", ["cosine, annealed, ratio 0.3"], [3, 4, 5], 11),
     ("imagenette", "byol", ["cosine, annealed, ratio 0.3"], [3, 4, 5], 11),
     ("imagenette", "moco-both", ["cosine, annealed, ratio 0.3"], [6, 5, 0, 3, 4], 60),
+    ("imagenette", "moco-both", ["cosine, annealed, ratio 1"], [3, 4, 5], 11),
+    ("imagenette", "byol", ["cosine, annealed, ratio 0.3"], [3, 4, 0, 1, 2], 60),
     # Does BYOL with a predictor shared by both kinds of crops fall behind after long training?
     ("imagenette", "byol", ["multi-crop", "local predictor"], [0], 200),
-    ("imagenette", "moco-both", ["cosine, annealed, ratio 1"], [3], 11),
-    ("imagenette", "byol", ["cosine, annealed, ratio 0.3"], [3, 4, 0, 1, 2], 60),
     ("imagenette", "moco-both", KEY, [3, 4, 5], 11),
     ("imagenette", "moco-both", [*MAIN[3:], *ALSO_KEY], [3, 4, 5], 11),
     ("imagenette", "simsiam", [MAIN[2]], [3, 4, 5], 11),
