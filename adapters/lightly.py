@@ -5,6 +5,7 @@ runs unchanged on the global crops. Neither lightly nor Lightning is imported.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -128,6 +129,17 @@ class LightningModel(LightlyModel):
         more = len(step) > 1 or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in step)
         super().attach_logo(only=only)
         self.__dict__["_logo_indexed"] = more
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Warns of a step that stands in the way of LoGo's: that of a class derived from a wrapped one."""
+        super().__init_subclass__(**kwargs)
+        step: Any = vars(cls).get("training_step")
+        if step is not None and "training_step" not in getattr(getattr(step, "__code__", None), "co_names", ()):
+            warnings.warn(
+                f"{cls.__name__}.training_step takes the place of the step of a class that is wrapped, so LoGo is off. "
+                f"Wrap {cls.__name__}, not its base.",
+                stacklevel=2,
+            )
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's own on the global crops, plus LoGo's terms, which are logged as `logo/...`."""

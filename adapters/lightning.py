@@ -232,7 +232,7 @@ def _picture(views: Sequence[Tensor], images: int, trainer: Any, global_crops: i
     loader = trainer.train_dataloader
     makers = (getattr(loader, "collate_fn", None), getattr(getattr(loader, "dataset", None), "transform", None))
     # MultiCropTransform's or solo-learn's FastCrops'. Where they are not known ImageNet's: colours are off by little.
-    known = next((maker for maker in makers if isinstance(getattr(maker, "std", None), tuple)), MultiCropTransform)
+    known: Any = next((maker for maker in makers if isinstance(getattr(maker, "std", None), tuple)), MultiCropTransform)
     height, width = (max(view.shape[i] for view in views) for i in (2, 3))
     columns = []
     for view in views:

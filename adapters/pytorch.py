@@ -35,14 +35,15 @@ class PlainModel(LightlyModel):
         """As usual, but past this class's forward: crops of the network's are tensors."""
         return super().forward(images) if method == "forward" else super().call_logo(method, images)
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Of views (and their boxes), the loss; of a tensor, what the user's own forward gives."""
-        if not isinstance(x, (list, tuple, DeferredViews)):
-            return super().forward(x, *args, **kwargs)
+        if not args or not isinstance(args[0], (list, tuple, DeferredViews)):
+            return super().forward(*args, **kwargs)
+        x, *boxes = args
         step: Any = self.logo_settings.step
         views_alone(type(self).__name__, x)
         views = views_of([x], type(self).__name__)
-        loss, _ = logo_step(self, lambda crops: step(self, crops), views, *args, **kwargs)
+        loss, _ = logo_step(self, lambda crops: step(self, crops), views, *boxes, **kwargs)
         self._warn_if_affinity_rests()
         return loss
 
@@ -72,12 +73,12 @@ def _known_step(model: PlainModel, settings: Settings, criterion: nn.Module, hea
         ("bank", False, True): _queue_step,  # MoCo
         ("contrast", False, False): _symmetric_step,  # SimCLR, Barlow Twins, VICReg, DCL
     }
-    frozen = [name for name, child in model.named_children() if _is_frozen(child)]
-    step = known.get(parts) if settings.globals == 2 and (target or not frozen) else None
+    others = [name for name, child in model.named_children() if _may_give_targets(child, model, heads)]
+    step = known.get(parts) if settings.globals == 2 and (target or not others) else None
     if step is None:
         has = [type(criterion).__name__] + ["a predictor"] * parts[1]
-        if target or frozen:
-            has += [f"targets from {target}" if target else f"networks that nothing trains ({', '.join(frozen)})"]
+        if target or others:
+            has += [f"targets from {target}" if target else f"networks that may give targets ({', '.join(others)})"]
         raise ValueError(
             f"LoGo cannot tell what your loop computes for {type(model).__name__} with {' and '.join(has)}"
             f"{f' and {settings.globals} global crops' if settings.globals != 2 else ''}. Say it: wrap(model, "
@@ -88,10 +89,14 @@ def _known_step(model: PlainModel, settings: Settings, criterion: nn.Module, hea
     return step
 
 
-def _is_frozen(module: nn.Module) -> bool:
-    """As target networks are, which have layers, not only statistics."""
-    parameters = list(module.parameters())
-    return any(p.ndim > 1 for p in parameters) and not any(p.requires_grad for p in parameters)
+def _may_give_targets(module: nn.Module, model: PlainModel, heads: Heads) -> bool:
+    """Whether it has layers, and nothing trains them or they are made as those of the backbone or the projector."""
+    if not any(p.ndim > 1 for p in module.parameters()):
+        return False
+    backbone, projector = model.find_backbone(heads) or nn.Identity(), heads.projector
+    trunk, head, own = ([p.shape for p in part.parameters()] for part in (backbone, projector, module))
+    alike = own in (trunk, head, trunk + head) and not {backbone, *heads.modules} & {*module.modules()}
+    return alike or not any(p.requires_grad for p in module.parameters())
 
 
 def _kind(criterion: nn.Module, heads: Heads) -> str | None:

@@ -34,6 +34,7 @@ COLOURS = {
     "learned affinity": "#d62728",
     "cosine": "#2ca02c",
     "cosine, annealed": "#9467bd",
+    "cosine, annealed, ratio 0.3": "#e377c2",
     "release": "#ff7f0e",
 }
 MAIN = tuple(COLOURS)
@@ -53,6 +54,9 @@ PAIRS = (
     ("cosine", "2 crops, equal compute"),
     ("cosine", "multi-crop"),
     ("cosine, annealed", "cosine"),
+    ("cosine, annealed, ratio 0.3", "2 crops, equal compute"),
+    ("cosine, annealed, ratio 0.3", "multi-crop"),
+    ("cosine, annealed, ratio 0.3", "cosine, annealed"),
     ("release", "2 crops, equal compute"),
     ("release", "multi-crop"),
 )

@@ -86,8 +86,19 @@ def test_follows_the_trainer(options, steps):
 
 
 def test_a_stream_moves_it_with_the_epochs():
+    """An epoch is as long as the ones before it; the only one cannot be told."""
     seen, _ = fit(wrap(hosts.BYOL()), Stream(), max_epochs=2)
-    assert seen == pytest.approx([1, 1, 1, 0.5, 0.5, 0.5])
+    assert seen == half_cosine((0, 0, 0, 3, 4, 5), of=6)
+    with pytest.warns(UserWarning, match=r"no length and max_epochs=1.*repulsion keeps its whole strength.*max_steps"):
+        fit(wrap(hosts.BYOL()), Stream(), max_epochs=1)
+
+
+@pytest.mark.parametrize("epochs", [-1, 1000])
+def test_max_time_ends_it(epochs):
+    seen, _ = fit(wrap(hosts.BYOL()), max_epochs=epochs, max_time={"seconds": 2})
+    assert seen[0] > 0.9
+    assert seen == sorted(seen, reverse=True)
+    assert seen[-1] < 0.2
 
 
 def test_goes_on_where_it_was(tmp_path):
@@ -101,7 +112,9 @@ def test_goes_on_where_it_was(tmp_path):
 def test_a_trainer_without_an_end_is_refused():
     model = wrap(hosts.BYOL())
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match=r"nothing says how far that is.*max_epochs or max_steps.*affinity=None"):
+    with pytest.raises(
+        RuntimeError, match=r"nothing says how far that is.*max_epochs, max_steps or max_time.*affinity=None"
+    ):
         fit(model, max_epochs=-1)
     assert all(torch.allclose(value, before[name]) for name, value in model.named_parameters())
     seen, _ = fit(wrap(hosts.BYOL(), affinity="cosine", anneal_repulsion=True), max_steps=3)

@@ -1,8 +1,11 @@
 """Models that people write: `wrap` trains them as computed by hand, or refuses them, and never trains them wrongly."""
 
 import copy
+import itertools
+import warnings
 from collections import deque, namedtuple
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -12,6 +15,8 @@ from lightly.loss import NegativeCosineSimilarity, NTXentLoss, VICRegLoss
 from lightly.models.modules import NNMemoryBankModule
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from logo_plugin import LoGoLoss, info_nce
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_fabric.utilities.warnings.PossibleUserWarning"),
@@ -148,7 +153,57 @@ class Centred(SimSiam):
         return z, self.prediction_head(z)
 
 
-@pytest.mark.parametrize("model", [InPlace, Centred, NoGradForward, InferenceForward, TwoArguments, Pairs])
+class Detaching(nn.Module):
+    """SimSiam's D(p, z), which detaches z itself."""
+
+    def forward(self, pred, target):
+        return cosine(pred, target.detach())
+
+
+class DetachingFirst(Detaching):
+    def forward(self, target, pred):
+        return super().forward(pred, target)
+
+
+class DetachesInTheLoss(SimSiam):
+    loss = Detaching
+
+    def training_step(self, batch, batch_idx):
+        (z0, p0), (z1, p1) = map(self.both, batch[0])
+        return 0.5 * (self.criterion(p0, z1) + self.criterion(p1, z0))
+
+
+class DetachesTheFirst(SimSiam):
+    loss = DetachingFirst
+
+    def training_step(self, batch, batch_idx):
+        (z0, p0), (z1, p1) = map(self.both, batch[0])
+        return 0.5 * (self.criterion(z1, p0) + self.criterion(z0, p1))
+
+
+class BothPairs(nn.Module):
+    def forward(self, first, second):
+        (z0, p0), (z1, p1) = first, second
+        return 0.5 * (cosine(p0, z1) + cosine(p1, z0))
+
+
+class DetachedPairs(SimSiam):
+    """Of two pairs, detached by the step."""
+
+    loss = BothPairs
+
+    def training_step(self, batch, batch_idx):
+        (z0, p0), (z1, p1) = map(self.both, batch[0])
+        return self.criterion((z0.detach(), p0), (z1.detach(), p1))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(InPlace, Centred, NoGradForward, InferenceForward, TwoArguments, Pairs),
+        *(DetachesInTheLoss, DetachesTheFirst, DetachedPairs),
+    ],
+)
 def test_as_by_hand(model):
     torch.manual_seed(0)
     check(model(), by_hand)
@@ -163,6 +218,98 @@ def test_a_scale_in_place():
 
     torch.manual_seed(0)
     check(Scaled(), lambda model, views: by_hand(model, views, scale=0.25))
+
+
+def test_one_direction_in_both_orders():
+    """InfoNCE from the first view to the second, and back: a local crop asks as either view does."""
+
+    def one_way(first, second):
+        logits = F.normalize(first, dim=1) @ F.normalize(second, dim=1).T / 0.2
+        return F.cross_entropy(logits, torch.arange(len(first)))
+
+    class OneWay(nn.Module):
+        def forward(self, first, second):
+            return one_way(first, second)
+
+    class Contrastive(SimSiam):
+        loss = OneWay
+
+        def __init__(self):
+            super().__init__()
+            del self.prediction_head
+
+        def forward(self, x):
+            return self.projection_head(self.backbone(x).flatten(1))
+
+        def training_step(self, batch, batch_idx):
+            z0, z1 = map(self, batch[0])
+            return 0.5 * (self.criterion(z0, z1) + self.criterion(z1, z0))
+
+    class InOneOrder(Contrastive):
+        def training_step(self, batch, batch_idx):
+            return self.criterion(*map(self, batch[0]))
+
+    def hand(model, views):
+        z0, z1 = map(model, views[:2])
+        mean = (one_way(z0, z1) + one_way(z1, z0)) / 2
+        return mean, 1.0, mean, 2, [model(view) for view in views[2:]], [z0, z1], one_way
+
+    torch.manual_seed(0)
+    check(Contrastive(), hand)
+    with pytest.raises(RuntimeError, match="do not play the same part"):
+        wrap(InOneOrder()).training_step(batch(), 0)
+
+
+@pytest.mark.parametrize("reduction", ["pairs", "sum"])
+def test_a_target_that_is_given_several_times_is_one(reduction):
+    """Four global crops, each predicting each other one's target."""
+
+    class AllPairs(SimSiam):
+        def training_step(self, batch, batch_idx):
+            z, p = zip(*map(self.both, batch[0]), strict=True)
+            pairs = list(itertools.permutations(range(len(p)), 2))
+            return sum(self.criterion(p[i], z[j].detach()) for i, j in pairs) / len(pairs)
+
+    generator = torch.Generator().manual_seed(0)
+    views = [torch.randn(6, 3, side, side, generator=generator) for side in (24,) * 4 + (16,) * 2]
+    torch.manual_seed(0)
+    host = AllPairs()
+    wrapped = wrap(copy.deepcopy(host), affinity=None, global_crops=4, reduction=reduction)
+    loss = wrapped.training_step([views, None], 0)
+    z, p = zip(*map(host.both, views), strict=True)
+    criterion = LoGoLoss(affinity=None, reduction=reduction)
+    expected = criterion(global_pred=p[:4], global_target=[t.detach() for t in z[:4]], local_pred=p[4:]).total
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_a_loss_in_full_precision(cast):
+    """Under bfloat16 the step computes its loss in float32, and so does LoGo."""
+    seen = []
+
+    class Product(nn.Module):
+        def forward(self, pred, target):
+            product = F.normalize(pred, dim=1) @ F.normalize(target, dim=1).T
+            seen.append((pred.dtype, target.dtype, product.dtype))
+            return -product.diagonal().mean()
+
+    class Exact(SimSiam):
+        loss = Product
+
+        def training_step(self, batch, batch_idx):
+            with torch.autocast("cpu", torch.bfloat16):
+                (z0, p0), (z1, p1) = map(self.both, batch[0])
+                if not cast:
+                    return 0.5 * (self.criterion(p0, z1.detach()) + self.criterion(p1, z0.detach()))
+                with torch.autocast("cpu", enabled=False):
+                    z0, z1, p0, p1 = (x.float() for x in (z0, z1, p0, p1))
+                    return 0.5 * (self.criterion(p0, z1.detach()) + self.criterion(p1, z0.detach()))
+
+    model = wrap(Exact(), affinity=None)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.training_step(batch(), 0)
+    assert len(seen) > 2
+    assert set(seen) == {(torch.float32,) * 3 if cast else (torch.bfloat16,) * 3}
 
 
 class Margin(nn.Module):
@@ -274,7 +421,47 @@ class Nearest(nn.Module):
         return cosine(pred, self.memory_bank(target.detach(), update=True))
 
 
-@pytest.mark.parametrize("criterion", [Dequeued, CentredByDict, CentredByParameter, Nearest])
+class Fifo:
+    def __init__(self):
+        self.kept = torch.zeros(0, 10)
+
+    def push(self, x):
+        self.kept = torch.cat([x.detach(), self.kept])[:12]
+
+
+class QueueOfItsOwn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fifo = Fifo()
+
+    def forward(self, pred, target):
+        value = cosine(pred, target) + 0.1 * self.fifo.kept.sum()
+        self.fifo.push(target)
+        return value
+
+
+class CentredByArray(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.centre = np.zeros(10, "float32")
+
+    def forward(self, pred, target):
+        value = cosine(pred - torch.from_numpy(self.centre.copy()), target)
+        self.centre *= 0.9
+        self.centre += 0.1 * target.detach().mean(0).numpy()
+        return value
+
+
+class SetByTheStep(nn.Module):
+    weight = 1.0
+
+    def forward(self, pred, target):
+        return self.weight * cosine(pred, target)
+
+
+@pytest.mark.parametrize(
+    "criterion", [Dequeued, CentredByDict, CentredByParameter, Nearest, QueueOfItsOwn, CentredByArray]
+)
 def test_what_a_criterion_keeps_is_as_without_logo(criterion):
     torch.manual_seed(0)
     host = SimSiam()
@@ -284,6 +471,68 @@ def test_what_a_criterion_keeps_is_as_without_logo(criterion):
     for _ in range(3):
         expected = host.training_step([views[:2], labels], 0)
         torch.testing.assert_close(wrapped.training_step(batch(), 0), expected)
+
+
+class OwnQueue(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("queue", F.normalize(torch.randn(10, 18), dim=0))
+
+    def forward(self, query, key):
+        query, key = F.normalize(query, dim=1), F.normalize(key.detach(), dim=1)
+        logits = torch.cat([(query * key).sum(1, keepdim=True), query @ self.queue.clone()], 1) / 0.2
+        self.queue = torch.cat([key.T, self.queue], 1)[:, :18]
+        return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long))
+
+
+class BankInside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.nce = NTXentLoss(temperature=0.2, memory_bank_size=(18, 10))
+
+    def forward(self, query, key):
+        return self.nce(query, key)
+
+    @property
+    def queue(self):
+        return self.nce.memory_bank.bank.T
+
+
+@pytest.mark.parametrize("criterion", [OwnQueue, BankInside])
+def test_no_target_is_among_its_negatives(criterion):
+    """A local crop meets the queue as it was before the step, as the step's own prediction does."""
+
+    class MoCo(SimSiam):
+        loss = criterion
+
+        def training_step(self, batch, batch_idx):
+            (z0, _), (z1, _) = map(self.both, batch[0])
+            return self.criterion(z0, z1.detach())
+
+    torch.manual_seed(0)
+    host = MoCo()
+    wrapped = wrap(copy.deepcopy(host), affinity=None)
+    for _ in range(2):
+        queue = wrapped.criterion.queue.clone()
+        wrapped.training_step(batch(), 0)
+        target, *local = (host.both(view)[0] for view in batch()[0][1:])
+        expected = torch.stack([info_nce(z, target, queue=queue, temperature=0.2) for z in local]).mean()
+        torch.testing.assert_close(wrapped.logo_terms.local_global, expected.detach())
+
+
+def test_a_number_that_the_step_sets():
+    class Weighed(SimSiam):
+        loss = SetByTheStep
+
+        def training_step(self, batch, batch_idx):
+            self.criterion.weight = 0.25
+            return super().training_step(batch, batch_idx)
+
+    def quarter(pred, target):
+        return 0.25 * cosine(pred, target)
+
+    torch.manual_seed(0)
+    check(Weighed(), lambda model, views: by_hand(model, views, quarter))
 
 
 @pytest.mark.parametrize("weigh", [lambda loss: 0.0 * loss, lambda loss: F.relu(loss - 10)], ids=["ramp", "hinge"])
@@ -358,6 +607,70 @@ class Detached(OnlyParts):
     def both(self, x):
         z = self.projection_head(self.backbone(x).flatten(1).detach())
         return z, self.prediction_head(z)
+
+
+class Rotated(SimSiam):
+    """With more images in the projector's batch, after which BatchNorm cannot be compared."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        rotated = self.both(torch.cat([x.rot90(k, (2, 3)) for x in batch[0] for k in range(4)]))[0]
+        return loss + 0.1 * rotated.pow(2).mean()
+
+
+def dropping(model):
+    """With random numbers, whose outputs cannot be compared."""
+
+    class Dropping(model):
+        def __init__(self):
+            super().__init__()
+            self.projection_head = nn.Sequential(*mlp(8, 10), nn.Dropout(0.1))
+
+    return Dropping
+
+
+class PreparedRotated(Prepared, Rotated):
+    pass
+
+
+class DetachedRotated(Rotated):
+    def both(self, x):
+        z = self.projection_head(self.backbone(x).flatten(1).detach())
+        return z, self.prediction_head(z)
+
+    forward = pl.LightningModule.forward
+
+
+class PreparedInPlace(SimSiam):
+    def training_step(self, batch, batch_idx):
+        for x in batch[0]:
+            x.mul_(0.5)
+        return super().training_step(batch, batch_idx)
+
+
+class PreparedInTheList(SimSiam):
+    def training_step(self, batch, batch_idx):
+        batch[0][:] = [x.sign() * x.abs().sqrt() for x in batch[0]]
+        return super().training_step(batch, batch_idx)
+
+
+class PreparedOne(SimSiam):
+    def training_step(self, batch, batch_idx):
+        x0, x1 = batch[0]
+        return super().training_step([[x0, x1.sign() * x1.abs().sqrt()], *batch[1:]], batch_idx)
+
+
+class Scaled(SimSiam):
+    """By what is 1 at first, so that predictions are the predictor's."""
+
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch, batch_idx):
+        (z0, p0), (z1, p1) = map(self.both, batch[0])
+        p0, p1 = p0 * self.gamma, p1 * self.gamma
+        return 0.5 * (self.criterion(p0, z1.detach()) + self.criterion(p1, z0.detach()))
 
 
 class Residual(SimSiam):
@@ -451,6 +764,15 @@ class PredictsInTheLoss(SimSiam):
         (Rectified, "gives the criterion something else for global crops than backbone, projector"),
         (Prepared, "What the step itself does to images"),
         (Shuffled, "What the step itself does to images"),
+        (dropping(Prepared), "gives the backbone other images .* What the step itself does to images"),
+        (dropping(Shuffled), "gives the backbone other images .* What the step itself does to images"),
+        (PreparedRotated, "gives the backbone other images .* What the step itself does to images"),
+        (PreparedInPlace, "changes the images of global crops in place"),
+        (PreparedInTheList, "What the step itself does to images"),
+        (PreparedOne, "gives the backbone other images .* What the step itself does to images"),
+        (Scaled, "local crops would not go through gamma of Scaled"),
+        (dropping(Detached), r"local crops would train backbone.* does not train with this loss"),
+        (DetachedRotated, r"local crops would train backbone.* does not train with this loss"),
         (Detached, r"local crops would train backbone.* does not train with this loss \(no_grad, detach\)"),
         (Residual, "something else than the output of the projection_head or prediction_head"),
         (Subtracted, "subtracted for others, as for negatives"),
@@ -564,8 +886,52 @@ class AnyArguments(SimSiam):
         return super().training_step(batch, batch_idx, **kwargs)
 
 
+class AugmentsInForward(SimSiam):
+    """On the device, at random."""
+
+    def both(self, x):
+        return super().both(x + 0.1 * torch.randn_like(x))
+
+
+class InTurns(SimSiam):
+    """Views in turns in one batch, and random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.prediction_head = nn.Sequential(nn.Dropout(0.5), *mlp(10, 10))
+
+    def training_step(self, batch, batch_idx):
+        z, p = self.both(torch.stack(batch[0], 1).flatten(0, 1))
+        return 0.5 * (self.criterion(p[::2], z[1::2].detach()) + self.criterion(p[1::2], z[::2].detach()))
+
+
+class LearnedTemperature(nn.Module):
+    def forward(self, pred, target, temperature):
+        return cosine(pred, target) / temperature
+
+
+class GivesTheTemperature(SimSiam):
+    loss = LearnedTemperature
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch, batch_idx):
+        (z0, p0), (z1, p1) = map(self.both, batch[0])
+        first, second = (
+            self.criterion(p0, z1.detach(), self.temperature),
+            self.criterion(p1, z0.detach(), self.temperature),
+        )
+        return 0.5 * (first + second)
+
+
 @pytest.mark.parametrize(
-    "model", [Dropped, SkippedLayer, BySize, HalfHeads, MoreInTheBatch, CheckpointedBackbone, KeepsItself, AnyArguments]
+    "model",
+    [
+        *(Dropped, SkippedLayer, BySize, HalfHeads, MoreInTheBatch, CheckpointedBackbone, KeepsItself, AnyArguments),
+        *(Rotated, dropping(SimSiam), dropping(Rotated), AugmentsInForward, GivesTheTemperature),
+    ],
 )
 def test_no_reason_to_refuse(model):
     for seed in range(4):
@@ -598,7 +964,41 @@ def test_the_look_at_global_crops_changes_nothing():
         torch.testing.assert_close(wrapped.get_buffer(name), buffer, msg=name)
 
 
+def test_views_in_turns():
+    made = wrap(InTurns(), online=lambda images: made.both(images)[1])
+    assert torch.isfinite(made.training_step(batch(), 0))
+
+
 class TestLightning:
+    def test_logo_is_not_off_without_a_word(self):
+        """In eval mode, and where a derived class has a step of its own."""
+        model = wrap(SimSiam()).eval()
+        with pytest.warns(UserWarning, match=r"SimSiam is in eval mode.*model\.train\(\)"):
+            model.training_step(batch(), 0)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("error")
+            model.training_step(batch(), 0)
+        base = wrap(SimSiam)
+        with pytest.warns(UserWarning, match=r"Own\.training_step takes the place .* Wrap Own, not its base"):
+
+            class Own(base):
+                def training_step(self, batch, batch_idx):
+                    return self.both(batch[0][0])[1].mean()
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+
+            class Calls(base):
+                def training_step(self, batch, batch_idx):
+                    return super().training_step(batch, batch_idx)
+
+            class Nothing(base):
+                pass
+
+    def test_a_copy_knows_its_options(self):
+        copied = copy.deepcopy(wrap(SimSiam(), affinity=None, reduction="sum"))
+        assert type(copied)().logo.reduction == "sum"
+
     def test_a_step_without_batch_idx(self):
         class Short(SimSiam):
             def training_step(self, batch):
@@ -686,6 +1086,41 @@ def test_a_plain_loop_with_a_target_network_that_no_known_method_runs():
         def forward(self, x):
             return self.prediction_head(self.projection_head(self.backbone(x).flatten(1)))
 
-    with pytest.raises(ValueError, match=r"networks that nothing trains \(target\).*step="):
+    with pytest.raises(ValueError, match=r"networks that may give targets \(target\).*step="):
         wrap(BYOL(), criterion=NegativeCosineSimilarity())
     assert wrap(BYOL(), criterion=NegativeCosineSimilarity(), target=lambda x: x)
+
+
+@pytest.mark.parametrize("predictor", [False, True])
+def test_a_plain_loop_with_a_target_network_that_only_no_grad_keeps_from_training(predictor):
+    """Copies that nobody froze, under names of the user's: SimSiam or SimCLR would be a wrong guess."""
+
+    class Online(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.projection_head = conv(), mlp(8, 10)
+            if predictor:
+                self.prediction_head = mlp(10, 10)
+
+        def forward(self, pixel_values):
+            z = self.projection_head(self.backbone(pixel_values).flatten(1))
+            return self.prediction_head(z) if predictor else z
+
+    class Copies(Online):
+        def __init__(self):
+            super().__init__()
+            self.slow_backbone, self.slow_head = copy.deepcopy(self.backbone), copy.deepcopy(self.projection_head)
+
+    class Whole(Online):
+        def __init__(self):
+            super().__init__()
+            self.slow = Network()
+
+    criterion = NegativeCosineSimilarity() if predictor else NTXentLoss()
+    with pytest.raises(ValueError, match=r"may give targets \(slow_backbone, slow_head\).*step="):
+        wrap(Copies(), criterion=criterion)
+    with pytest.raises(ValueError, match=r"may give targets \(slow\).*step="):
+        wrap(Whole(), criterion=criterion)
+    model = wrap(Online(), criterion=criterion)
+    assert torch.isfinite(model(batch()[0]))
+    assert model(pixel_values=batch()[0][0]).shape == (6, 10)

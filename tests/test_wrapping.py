@@ -228,6 +228,7 @@ class TestOutsideTraining:
         run.fit(model, data, validation)
         assert run.callback_metrics["val_loss"].isfinite()
 
+    @pytest.mark.filterwarnings("ignore:.*is in eval mode, so its loss is without LoGo's terms")
     def test_it_is_the_hosts_own_loss(self):
         host = hosts.SimCLR()
         model = wrap(copy.deepcopy(host))

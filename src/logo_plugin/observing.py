@@ -8,7 +8,7 @@ import copy
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -36,6 +36,7 @@ class Call(NamedTuple):
         value: What it returned; the step has a copy, which it may change in place.
         negatives: What the criterion's memory bank held before the step, (D, K).
         given: What tells whether `args` and `kwargs` are still what they were.
+        autocast: The device type, whether it was under autocast there, and to which dtype.
     """
 
     args: tuple[Any, ...]
@@ -43,6 +44,7 @@ class Call(NamedTuple):
     value: Any
     negatives: Tensor | None
     given: Any
+    autocast: tuple[str, bool, torch.dtype]
 
 
 class Watched(NamedTuple):
@@ -50,6 +52,7 @@ class Watched(NamedTuple):
 
     calls: list[Call]
     stateful: Callable[[], bool]  # whether the calls changed the criterion
+    start: dict[Any, Any]  # its state before them, copied; nothing for one that was never changed
 
 
 class Observed(NamedTuple):
@@ -61,7 +64,8 @@ class Observed(NamedTuple):
         global_global: That mean (scalar).
         global_pairs: Pairs of global crops behind it; a symmetric call compares two.
         preds: Of what the criterion was given, what carries gradient, (N, D) each.
-        mutual: Whether both sides of a call carry gradient: each is prediction and, detached, target.
+        mutual: Whether both sides of a call learn: each is prediction and, detached, target.
+        both_ways: Whether each such call was made with its sides exchanged, too.
         targets: What local crops are pulled to, (N, D) each, without gradient.
         similarity: (prediction of a local crop, target) -> scalar; or one for each target.
         example: Prediction, target and what the criterion gave for them, where `similarity` is not the criterion.
@@ -75,6 +79,7 @@ class Observed(NamedTuple):
     mutual: bool
     targets: list[Tensor]
     similarity: Similarity | list[Similarity]
+    both_ways: bool = False
     example: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
@@ -87,17 +92,26 @@ class Observed(NamedTuple):
 def watch(criterion: nn.Module) -> Iterator[Watched]:
     """While it lasts, the criterion's calls are recorded."""
     calls: list[Call] = []
-    before = _state(criterion)
+    before: list[_Entry] = []
+    start: dict[Any, Any] = {}
     bank = getattr(criterion, "memory_bank", None)
     recorder = _recorder(bank) if isinstance(bank, nn.Module) else None
+    copied = recorder is None and _STATEFUL.get(criterion, True)
+
+    @eager
+    def look(*_: Any) -> None:
+        if not calls:
+            before[:] = _state(criterion)
+            start.update({(id(holder), key): _copied(value) for holder, key, value, _ in before if copied})
 
     @eager
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Any:
         negatives = recorder.negatives[0] if recorder and recorder.negatives else None
-        calls.append(Call(args, kwargs, value, negatives, _versions(args, kwargs)))
+        calls.append(Call(args, kwargs, value, negatives, versions(args, kwargs), _autocast(args, kwargs)))
         return value.clone() if isinstance(value, Tensor) else value
 
     with ExitStack() as stack:
+        stack.callback(criterion.register_forward_pre_hook(look).remove)
         stack.callback(criterion.register_forward_hook(record, with_kwargs=True).remove)
         if recorder:
             # A loss may call memory_bank.forward itself, past any hook. Its answer to the first call are the negatives
@@ -105,7 +119,10 @@ def watch(criterion: nn.Module) -> Iterator[Watched]:
             stack.callback(recorder.negatives.clear)
             stack.callback(vars(bank).pop, "forward")
             vars(bank)["forward"] = recorder.forward
-        yield Watched(calls, lambda: _changed(criterion, before))
+        yield Watched(calls, lambda: _changed(criterion, before), start)
+
+
+_STATEFUL: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 class _Recorder(NamedTuple):
@@ -185,7 +202,7 @@ def read(
         for call in watched.calls:  # says why, where the arguments do
             _read_call(call, criterion, name, others)
         raise RuntimeError(f"the loss does not depend on {name}, which LoGo observes; name another with criterion=.")
-    if any(_versions(call.args, call.kwargs) != call.given for _, call in used):
+    if any(versions(call.args, call.kwargs) != call.given for _, call in used):
         raise RuntimeError(
             f"the step changes in place what it has given to {name}, so LoGo cannot tell what local crops are to be "
             "pulled to. Give the criterion a copy, with .clone()."
@@ -195,7 +212,8 @@ def read(
         raise RuntimeError(
             f"{name} was called both with and without targets that carry gradient. Use LoGoLoss directly."
         )
-    targets = {id(target): (target, part.similarity) for part in parts for target in part.targets}
+    targets = {_identity(target): (target, part.similarity) for part in parts for target in part.targets}
+    compared = [tuple(map(_identity, part.preds)) for part in parts if part.mutual]
     similarities, example = [parts[-1].similarity], None
     if used[-1][1].negatives is not None:
         temperature = getattr(criterion, "temperature", None)
@@ -206,8 +224,9 @@ def read(
     else:
         if any(part.others != parts[0].others for part in parts):  # a margin, say, that is another in each call
             similarities = [similarity for _, similarity in targets.values()]
-        if watched.stateful():
-            similarities = [on_a_copy(criterion, similarity, name) for similarity in similarities]
+        _STATEFUL[criterion] = watched.stateful() or (criterion in _STATEFUL and _STATEFUL[criterion])
+        if _STATEFUL[criterion]:
+            similarities = [on_a_copy(criterion, similarity, name, watched.start) for similarity in similarities]
     weighed = torch.stack([weight for weight, _ in used])
     found = torch.stack([call.value for _, call in used])
     scale = weighed.sum()
@@ -215,11 +234,12 @@ def read(
         weighed,
         scale,
         (weighed * found).sum() / (scale + (scale == 0)),  # a loss that is ramped up may have the scale 0
-        sum(1 if target_given and part.mutual else part.pairs for part in parts),
+        2 * len({*map(frozenset, compared)}) if compared and not target_given else sum(part.pairs for part in parts),
         [pred for part in parts for pred in part.preds],
         parts[0].mutual,
         [target for target, _ in targets.values()],
         similarities if len(similarities) > 1 else similarities[0],
+        bool(compared) and all(sides[::-1] in compared for sides in compared),
         example,
     )
 
@@ -281,13 +301,13 @@ def _read_call(call: Call, criterion: nn.Module, name: str, others: str) -> _Par
         (z0, p0), (z1, p1) = given.values()
         if all(_is_batch(x) for x in (z0, p0, z1, p1)):
             # Symmetric pairs, as SymNegCosineSimilarityLoss takes them: with the same pair twice it is s(p, z).
-            learning = _learning(criterion, (z0, p0, z1, p1), name)
+            learning = _learning(criterion, criterion, (z0, p0, z1, p1), name)
             if learning == (False, True, False, True):
                 return _Part([p0, p1], False, [z1.detach(), z0.detach()], 2, lambda p, t: criterion((t, p), (t, p)), {})
             if learning == (True, False, True, False):
                 return _Part([z0, z1], False, [p1.detach(), p0.detach()], 2, lambda p, t: criterion((p, t), (p, t)), {})
     nested = [key for key, value in given.items() if isinstance(value, (tuple, list, dict))]
-    tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+    tensors = {key: value for key, value in given.items() if isinstance(value, Tensor) and value.ndim}
     if nested:
         raise RuntimeError(
             f"{name} takes lists of views, so it compares many views in its own way, as methods with a multi-crop of "
@@ -303,35 +323,43 @@ def _read_call(call: Call, criterion: nn.Module, name: str, others: str) -> _Par
             + (f" If one of {others} is such a loss, name it with criterion=." if others else "")
         )
     rest = {key: value for key, value in given.items() if key not in tensors}
-    keys, carries = list(tensors), [value.requires_grad for value in tensors.values()]
+    keys, sides = list(tensors), list(tensors.values())
+    repeat = _repeat(criterion, call, *keys)
+    carries = _learning(criterion, repeat, sides, name)
     if not any(carries):
         raise RuntimeError(
             f"{name} was called with two tensors that do not carry gradient, so LoGo cannot tell the prediction from "
             "the target. Name the criterion that trains the model with criterion=."
         )
     if all(carries):
-        sides = list(tensors.values())
-        return _Part(sides, True, [side.detach() for side in sides], 2, _repeat(criterion, call, *keys), rest)
+        return _Part(sides, True, [side.detach() for side in sides], 1, repeat, rest)
     if not carries[0]:
-        keys.reverse()
-    return _Part([tensors[keys[0]]], False, [tensors[keys[1]].detach()], 1, _repeat(criterion, call, *keys), rest)
+        return _Part(sides[1:], False, [sides[0].detach()], 1, _repeat(criterion, call, *keys[::-1]), rest)
+    return _Part(sides[:1], False, [sides[1].detach()], 1, repeat, rest)
 
 
-_LEARNING: WeakKeyDictionary[nn.Module, tuple[bool, ...]] = WeakKeyDictionary()
+_LEARNING: WeakKeyDictionary[nn.Module, dict[int, tuple[bool, ...]]] = WeakKeyDictionary()
 
 
 @eager
-def _learning(criterion: nn.Module, pairs: Sequence[Tensor], name: str) -> tuple[bool, ...]:
-    """Which of the tensors of two pairs learn by a criterion; it detaches the others."""
-    if criterion not in _LEARNING:
-        leaves = [tensor.detach().requires_grad_() for tensor in pairs]
-        value = on_a_copy(criterion, criterion, name)(leaves[:2], leaves[2:])  # type: ignore[arg-type]
-        found = torch.autograd.grad(value, leaves, allow_unused=True)
-        _LEARNING[criterion] = tuple(gradient is not None for gradient in found)
-    return _LEARNING[criterion]
+def _learning(criterion: nn.Module, similarity: Any, sides: Sequence[Tensor], name: str) -> tuple[bool, ...]:
+    """Which of two tensors, or two pairs, learn by a criterion: it may detach one itself, as SimSiam's D(p, z) does."""
+    carries = tuple(side.requires_grad for side in sides)
+    if sum(carries) < 2:
+        return carries
+    found = _LEARNING.setdefault(criterion, {})
+    if len(sides) not in found:
+        leaves = [tensor.detach().requires_grad_() for tensor in sides]
+        given: Any = leaves if len(leaves) == 2 else (leaves[:2], leaves[2:])
+        value = on_a_copy(criterion, similarity, name)(*given)
+        gradients = (
+            torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
+        )
+        found[len(sides)] = tuple(gradient is not None for gradient in gradients)
+    return tuple(learns and carry for learns, carry in zip(found[len(sides)], carries, strict=True))
 
 
-def _versions(*values: Any) -> Any:
+def versions(*values: Any) -> Any:
     """What tells whether tensors, and those in lists and the like, were changed in place."""
     return [_version(value) for value in values]
 
@@ -348,29 +376,44 @@ def _is_batch(value: Any) -> bool:
 
 
 def _repeat(criterion: nn.Module, call: Call, pred_key: Key, target_key: Key) -> Similarity:
-    """The criterion as a function of prediction and target, all else as in the host's call."""
+    """The criterion as a function of prediction and target, all else as in the host's call, precision too."""
+    device, enabled, dtype = call.autocast
 
     def similarity(pred: Tensor, target: Tensor) -> Tensor:
         args: Any = list(call.args)
         kwargs: Any = dict(call.kwargs)
         for key, value in ((pred_key, pred), (target_key, target)):
-            (kwargs if isinstance(key, str) else args)[key] = value
-        value = criterion(*args, **kwargs)
+            holder = kwargs if isinstance(key, str) else args
+            holder[key] = value.to(holder[key].dtype)
+        same = torch.is_autocast_enabled(device) == enabled
+        with nullcontext() if same else torch.autocast(device, dtype, enabled):
+            value = criterion(*args, **kwargs)
         return value  # type: ignore[no-any-return]
 
     return similarity
 
 
-def on_a_copy(criterion: nn.Module, similarity: Similarity, name: str) -> Similarity:
+def _autocast(*values: Any) -> tuple[str, bool, torch.dtype]:
+    """Device type, whether autocast is on there, and its dtype; of the first tensor among arguments."""
+    tensors = (x for value in values for x in (value.values() if isinstance(value, dict) else value))
+    device = next((x.device.type for x in tensors if isinstance(x, Tensor)), "cpu")
+    return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def on_a_copy(
+    criterion: nn.Module, similarity: Similarity, name: str, start: dict[Any, Any] | None = None
+) -> Similarity:
     """The similarity on copies of the criterion's state, which is then as if LoGo had never called it.
 
+    The copies are of `start`, by holder and key, where that has them: the state before the host's step, in which no
+    queue holds what local crops are pulled to.
     Its calls raise RuntimeError if there is a state that cannot be put back.
     """
 
     def kept(pred: Tensor, target: Tensor) -> Tensor:
         before = _state(criterion)
         for holder, key, value, _ in before:
-            holder[key] = _copied(value)
+            holder[key] = _copied((start or {}).get((id(holder), key), value))
         try:
             value = similarity(pred, target)
         finally:
@@ -395,12 +438,23 @@ def _state(criterion: nn.Module) -> list[_Entry]:
     return [
         (holder, key, value, _version(value))
         for module in criterion.modules()
-        for holder in (vars(module), module._buffers, module._parameters)
+        for holder in (vars(module), module._buffers, module._parameters, *_objects(module))
         for key, value in holder.items()
         if not (holder is vars(module) and key in _OF_MODULES)
         and not (isinstance(value, nn.Parameter) and value.requires_grad)
-        and isinstance(value, (Tensor, int, float, str, type(None), *_CONTAINERS))
+        and (isinstance(value, (Tensor, int, float, str, type(None), *_CONTAINERS)) or _is_array(value))
     ]
+
+
+def _objects(module: nn.Module) -> list[dict[str, Any]]:
+    """What a module keeps in objects of other classes, a queue of one's own, say."""
+    plain = (nn.Module, Tensor, type, *_CONTAINERS)
+    values = [x for x in vars(module).values() if not (isinstance(x, plain) or callable(x))]
+    return [x.__dict__ for x in values if hasattr(x, "__dict__")]
+
+
+def _is_array(value: Any) -> bool:
+    return type(value).__module__ == "numpy" and hasattr(value, "tobytes")
 
 
 def _changed(criterion: nn.Module, before: list[_Entry]) -> bool:
@@ -409,16 +463,24 @@ def _changed(criterion: nn.Module, before: list[_Entry]) -> bool:
     return len(after) != len(before) or any(
         new_key != key
         or (new is not value and (isinstance(value, Tensor) or isinstance(new, Tensor)))
-        or (not isinstance(value, (Tensor, *_CONTAINERS)) and new != value)
+        or (not (isinstance(value, (Tensor, *_CONTAINERS)) or _is_array(value)) and new != value)
         or new_version != version
         for (_, new_key, new, new_version), (_, key, value, version) in zip(after, before, strict=True)
     )
+
+
+def _identity(value: Tensor) -> Any:
+    """The same for two tensors that are one in memory, as `x` and `x.detach()` are."""
+    strided = value.layout == torch.strided and value.device.type in ("cpu", "cuda")
+    return (value.data_ptr(), value.shape, value.stride()) if strided else id(value)
 
 
 def _version(value: Any, depth: int = _DEPTH) -> Any:
     if isinstance(value, Tensor):  # `.data = ...` moves it without a new version
         strided = value.layout == torch.strided and not value.is_inference()
         return (value._version, value.data_ptr()) if strided and value.device.type in ("cpu", "cuda") else None
+    if _is_array(value):
+        return value.tobytes()
     if not depth or not isinstance(value, _CONTAINERS):
         return None
     items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -428,6 +490,8 @@ def _version(value: Any, depth: int = _DEPTH) -> Any:
 def _copied(value: Any, depth: int = _DEPTH) -> Any:
     if isinstance(value, Tensor):
         return value.clone()
+    if _is_array(value):
+        return value.copy()
     if not depth:
         return value
     if isinstance(value, dict):

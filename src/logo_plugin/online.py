@@ -122,6 +122,23 @@ def outputs_of(modules: Iterable[nn.Module], pieces: int = 0) -> Iterator[Output
         yield found
 
 
+@contextmanager
+def images_of(module: nn.Module | None) -> Iterator[list[Tensor]]:
+    """While it lasts, the images (N, C, H, W) that the module is called with are recorded."""
+    found: list[Tensor] = []
+
+    @eager
+    def remember(_: nn.Module, args: tuple[Any, ...]) -> None:
+        found.extend(x.detach() for x in args[:1] if isinstance(x, Tensor) and x.ndim == 4)
+
+    hook = None if module is None else module.register_forward_pre_hook(remember)
+    try:
+        yield found
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
 @eager
 def source_of(pred: Tensor, outputs: Outputs, heads: Heads) -> Source | None:
     """Which head gave the criterion a prediction, None if none did.

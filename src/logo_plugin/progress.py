@@ -1,6 +1,7 @@
 """How far a training is, as Lightning's Trainer knows it. Lightning is not imported."""
 
 import math
+import warnings
 from typing import Any
 
 from logo_plugin.losses import LoGoLoss
@@ -14,10 +15,21 @@ def follow_trainer(model: Any) -> None:
     try:
         trainer = model.trainer
         done = [trainer.global_step / trainer.max_steps] if trainer.max_steps > 0 else []
+        for timer in (callback for callback in trainer.callbacks if hasattr(callback, "time_remaining")):  # max_time
+            if (left := timer.time_remaining()) is not None:
+                done.append(timer.time_elapsed() / max(timer.time_elapsed() + left, 1e-9))
         if (trainer.max_epochs or -1) > 0:
-            batches = trainer.num_training_batches
-            within = trainer.fit_loop.batch_idx / batches if batches < math.inf else 0.0
-            done.append((trainer.current_epoch + within) / trainer.max_epochs)
+            within, batches = trainer.fit_loop.batch_idx, trainer.num_training_batches
+            if batches == math.inf and trainer.current_epoch:  # a stream: as long as it was
+                before = trainer.fit_loop.epoch_loop.batch_progress.total.ready - within - 1
+                batches = before / trainer.current_epoch
+            elif batches == math.inf and trainer.max_epochs == 1 and not done:
+                warnings.warn(
+                    "the data have no length and max_epochs=1, so nothing says how far the training is, and LoGo's "
+                    "repulsion keeps its whole strength. Give Trainer(max_steps=...), or anneal_repulsion=False.",
+                    stacklevel=2,
+                )
+            done.append((trainer.current_epoch + min(within / max(batches, 1), 1.0)) / trainer.max_epochs)
     except (AttributeError, RuntimeError, TypeError):  # no Trainer, or Fabric's stand-in for one
         return
     if done:

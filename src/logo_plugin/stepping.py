@@ -17,8 +17,8 @@ from logo_plugin.compiling import eager_frame, gradients_inside
 from logo_plugin.crops import CropBoxes, crop_overlap
 from logo_plugin.local_predictor import join_groups
 from logo_plugin.losses import LoGoTerms
-from logo_plugin.observing import Observed, is_symmetric
-from logo_plugin.online import Heads, Method, Outputs, Source, origin_of, outputs_of, run_online, source_of
+from logo_plugin.observing import Observed, is_symmetric, versions
+from logo_plugin.online import Heads, Method, Outputs, Source, images_of, origin_of, outputs_of, run_online, source_of
 from logo_plugin.progress import follow_trainer
 from logo_plugin.recomputing import local_forwards
 from logo_plugin.verifying import check_online
@@ -58,7 +58,15 @@ def _logo_step(
     count = settings.globals
     global_views, local_views = list(views[:count]), list(views[count:])
     if not (model.training and torch.is_grad_enabled()):
-        return step(global_views), None
+        out = step(global_views)
+        loss = out.get("loss") if isinstance(out, dict) else out
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            warnings.warn(
+                f"{name} is in eval mode, so its loss is without LoGo's terms. To train it call model.train() first; "
+                "to look at it use torch.no_grad().",
+                stacklevel=3,
+            )
+        return out, None
     if not local_views:
         raise ValueError(
             f"{name} got {len(views)} views, of which {count} are global, so there are no local crops. Give the data "
@@ -72,9 +80,19 @@ def _logo_step(
     first = not model._logo_sources
     if first and settings.global_crops is None:
         _warn_of_large_local_crops(views, count)
-    heads = model.find_heads(settings.projector)
-    with outputs_of(heads.modules) as ran, model.watch_step(heads, ran) as observe:
-        out = _host_step(model, step, global_views) if first else step(global_views)
+    heads, before = model.find_heads(settings.projector), versions(*global_views)
+    backbone = model.find_backbone(heads)
+    with (
+        images_of(backbone if first else None) as fed,
+        outputs_of(heads.modules) as ran,
+        model.watch_step(heads, ran) as observe,
+    ):
+        out = _host_step(model, step, [*global_views]) if first else step([*global_views])
+    if versions(*global_views) != before:
+        raise RuntimeError(
+            f"the step of {name} changes the images of global crops in place, and local crops stay as they are. Do it "
+            "in the collate function or the dataset, for all crops; or in the network that they go through."
+        )
     if out is None:
         return None, None
     host_loss = out["loss"] if isinstance(out, dict) else out
@@ -92,7 +110,7 @@ def _logo_step(
     methods = methods_of(model, heads)
     with local_forwards(
         model,
-        model.find_backbone(heads),
+        backbone,
         checkpoint=settings.checkpoint_local_crops,
         running_stats=settings.local_running_stats,
     ):
@@ -107,7 +125,19 @@ def _logo_step(
             concat=settings.concat_local_crops,
         )
     if new:
-        check_online(model, methods, method, heads, source, global_views, observed, ran)
+        check_online(
+            model,
+            methods,
+            method,
+            heads,
+            source,
+            global_views,
+            observed,
+            ran,
+            backbone,
+            fed,
+            target_given=bool(settings.target),
+        )
         if model.logo.affinity is not None and heads.trained and not all(z.requires_grad for z in local_proj):
             raise RuntimeError(
                 f"{method} of {name} gives projections of local crops without gradient, so nothing could repel them. "
@@ -202,7 +232,8 @@ def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads) ->
                 "which side it makes a prediction of. Put the layers into the model, as its predictor."
             )
         likely = len(set(sources)) == 1 or settings.target is not None
-        if not likely or not is_symmetric(observed.any_similarity, *(pred.detach() for pred in observed.preds[:2])):
+        first, second = (pred.detach() for pred in observed.preds[:2])
+        if not likely or not (observed.both_ways or is_symmetric(observed.any_similarity, first, second)):
             raise RuntimeError(
                 f"{name} was called with two tensors that both carry gradient and do not play the same part, so LoGo "
                 "cannot tell the prediction from the target. Detach the target before the criterion, or name the "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from logo_plugin.compiling import eager
 from logo_plugin.modes import kept_statistics
 from logo_plugin.observing import Observed
-from logo_plugin.online import Heads, Method, Outputs, Source, leaves_of, run_online
+from logo_plugin.online import Heads, Method, Outputs, Source, images_of, leaves_of, run_online
 
 
 @eager
@@ -22,11 +22,15 @@ def check_online(
     global_views: list[Tensor],
     observed: Observed,
     ran: Outputs,
+    backbone: nn.Module | None,
+    fed: list[Tensor],
+    *,
+    target_given: bool,
 ) -> None:
     """RuntimeError unless what runs local crops gives for global ones what the step gave, and trains what it trains.
 
-    A network that draws random numbers has nothing to compare, nor has BatchNorm where other images are in the batch.
-    All ranks do the same, whatever they find.
+    A network that draws random numbers gives nothing to compare, nor has BatchNorm where other images are in the batch:
+    there it is what the backbone is given that must be the same. All ranks do the same, whatever they find.
 
     Args:
         model: The wrapped model.
@@ -37,6 +41,9 @@ def check_online(
         global_views: The global crops of the step, (N, C, H, W) each.
         observed: What the step gave its criterion.
         ran: What the heads gave in the step.
+        backbone: The model's, if it has one.
+        fed: The images that the step gave the backbone, as often as it called it.
+        target_given: The user says what the targets are, so that not all in `observed` is a prediction.
     """
     rows, features = observed.preds[0].shape
     images, seen = len(global_views[0]), [out for outs in ran.values() for out in outs]
@@ -57,37 +64,64 @@ def check_online(
     with torch.random.fork_rng(devices), kept_statistics(model, every=True):
         with torch.no_grad():
             before = _random_state(devices)
-            found = [run(global_views), run(global_views)]
+            with images_of(backbone) as images_here:
+                found = [run(global_views)]
+            with images_of(backbone) as images_again:
+                found.append(run(global_views))
             drawn = before != _random_state(devices) or not near(*found)
             usual = at_once <= {*range(1, len(global_views) + 1)}
             found += [run(batched(int(count))) for count in sorted(at_once - {1})] if usual else []
         reached = leaves_of([run([global_views[0][:2]])])
-    if drawn or not usual:
-        return
     parts = [part for whole in found for part in torch.split(whole, rows)]
-    same = any(near(pred, part) for pred in observed.preds for part in parts)
-    if not same and source is None and not observed.mutual:
+    same = [any(near(pred, part) for part in parts) for pred in observed.preds]
+    if not any(same) and source is None and not observed.mutual:
         repeat, pred, target = observed.any_similarity, observed.preds[0].detach(), observed.targets[0]
         with torch.no_grad():  # lengths may be nothing to the criterion
             blind = torch.allclose(repeat(F.normalize(pred, dim=1), target), repeat(pred, target), rtol=1e-2, atol=1e-3)
-        same = blind and any(near(F.normalize(p, dim=1), F.normalize(q, dim=1)) for p in observed.preds for q in parts)
+        same = [
+            blind and any(near(F.normalize(p, dim=1), F.normalize(q, dim=1)) for q in parts) for p in observed.preds
+        ]
+    comparable = usual and not drawn
+    other = "gives the criterion something else for global crops than" if comparable and not any(same) else ""
+    if not other and fed and not (comparable and all(same)) and all(map(_equal, images_here, images_again)):
+        known = [any(_equal(x, block) for whole in fed for block in _blocks(whole, len(x))) for x in images_here]
+        # A view that nothing is predicted of need not be among them.
+        if not (all(known) if comparable and len(observed.preds) > 1 else any(known)):
+            other = "gives the backbone other images for global crops than"
     cure = "name with online= a method from images to what the criterion is given."
-    if not same:
+    if other:
         raise RuntimeError(
-            f"the step of {type(model).__name__} gives the criterion something else for global crops than {method}, "
-            "which LoGo forwards local crops with. What the step itself does to images or features is not in it: "
-            f"{cure}"
+            f"the step of {type(model).__name__} {other} {method}, which LoGo forwards local crops with. What the step "
+            f"itself does to images or features is not in it: {cure}"
         )
     trained = leaves_of(observed.preds)
     if reached is None or trained is None:
         return
     own = {id(p): n for n, p in model.named_parameters() if not n.startswith("logo")}
-    more = sorted(own[p] for p in (reached - trained) & own.keys())
-    if more:
-        raise RuntimeError(
-            f"local crops would train {', '.join(more[:3])}{' and others' * (len(more) > 3)} of "
-            f"{type(model).__name__}, which its own step does not train with this loss (no_grad, detach): {cure}"
-        )
+    more, less = (reached - trained) & own.keys(), (trained - reached) & own.keys()
+    if not comparable:  # layers may be left out at random, but not all of a network
+        networks = [{id(p) for p in part.parameters()} for part in (backbone, *heads.modules) if part is not None]
+        more = more & set().union(*(ids for ids in networks if not ids & trained))
+    for names, what in (
+        (more, "local crops would train {} of {}, which its own step does not train with this loss (no_grad, detach)"),
+        (
+            less if comparable and not target_given else (),
+            "local crops would not go through {} of {}, as global ones do",
+        ),
+    ):
+        if names:
+            listed = sorted(own[p] for p in names)
+            what = what.format(", ".join(listed[:3]) + " and others" * (len(listed) > 3), type(model).__name__)
+            raise RuntimeError(f"{what}: {cure}")
+
+
+def _blocks(images: Tensor, rows: int) -> list[Tensor]:
+    """The parts of a batch that may be one view, one after the other or in turns."""
+    return [*torch.split(images, rows), *(images[i :: max(1, len(images) // rows)] for i in range(len(images) // rows))]
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.allclose(first.float(), second.float(), rtol=1e-2, atol=1e-3)
 
 
 def _random_state(devices: Sequence[torch.device]) -> list[list[int]]:
