@@ -335,8 +335,8 @@ class LoGoLoss(nn.Module):
             raise RuntimeError(
                 "the repulsion is annealed over the training, and nothing says how far that is. Before each step call "
                 "anneal(steps done / steps in all) of the loss (of a wrapped model model.logo.anneal, of a LoGoLearner "
-                "learner.criterion.anneal; Lightning's Trainer does so by itself if it has max_epochs, max_steps or max_time). "
-                "Or give anneal_repulsion=False, or affinity=None for multi-crop without repulsion."
+                "learner.criterion.anneal; Lightning's Trainer does so by itself if it has max_epochs, max_steps or "
+                "max_time). Or give anneal_repulsion=False, or affinity=None for multi-crop without repulsion."
             )
         strength = 1.0 if self._strength is None else self._strength
         if self.gradient_ratio is None:
