@@ -51,10 +51,8 @@ def one_global_key(model, criterion, bank, crops):
     return lambda crop: model(crop)[1], [model.forward_momentum(crops[1])[1]]
 
 
-def one_target_of_a_running_covariance(model, criterion, bank, crops):
-    target = model.forward_momentum(crops[1])
-    criterion(model(crops[0]), target)
-    return model, [target]
+def one_target(model, criterion, bank, crops):  # by the criterion's running covariance of before the step
+    return model, [model.forward_momentum(crops[1])]
 
 
 # How local crops are pulled, by method: (model, criterion, memory bank, global crops) -> (prediction of, targets)
@@ -65,7 +63,7 @@ PULLS = {
     "NNCLR": nearest_neighbours,
     "MoCo": one_key,
     "DenseCL": one_global_key,
-    "TiCo": one_target_of_a_running_covariance,
+    "TiCo": one_target,
 } | dict.fromkeys(["SimCLR", "DCL", "DCLW", "FDA", "Barlow Twins", "VICReg"], other_view)
 
 
