@@ -673,6 +673,12 @@ class Scaled(SimSiam):
         return 0.5 * (self.criterion(p0, z1.detach()) + self.criterion(p1, z0.detach()))
 
 
+class InOneCall(SimSiam):
+    def training_step(self, batch, batch_idx):
+        z, p = self.both(torch.cat(batch[0]))
+        return self.criterion(p, z.roll(len(z) // 2, 0).detach())
+
+
 class Residual(SimSiam):
     def __init__(self):
         super().__init__()
@@ -774,6 +780,7 @@ class PredictsInTheLoss(SimSiam):
         (dropping(Detached), r"local crops would train backbone.* does not train with this loss"),
         (DetachedRotated, r"local crops would train backbone.* does not train with this loss"),
         (Detached, r"local crops would train backbone.* does not train with this loss \(no_grad, detach\)"),
+        (InOneCall, "called with 12 predictions of 6 images, .* Call it once for each view"),
         (Residual, "something else than the output of the projection_head or prediction_head"),
         (Subtracted, "subtracted for others, as for negatives"),
         (Overwritten, "changes in place what it has given .* with .clone"),
@@ -962,6 +969,24 @@ def test_the_look_at_global_crops_changes_nothing():
     assert torch.equal(torch.rand(3), expected)
     for name, buffer in host.named_buffers():
         torch.testing.assert_close(wrapped.get_buffer(name), buffer, msg=name)
+
+
+def test_all_views_in_one_call():
+    """With both methods named it is as in one call for each."""
+
+    class Named(InOneCall):
+        def predict(self, x):
+            return self.both(x)[1]
+
+        def project(self, x):
+            return self.both(x)[0]
+
+    torch.manual_seed(0)
+    model = Named()
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.eval()
+    check(model, by_hand, online="predict", target="project")
 
 
 def test_views_in_turns():

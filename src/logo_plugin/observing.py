@@ -5,6 +5,7 @@ called once more as the host called it, with a local crop's prediction in the pl
 """
 
 import copy
+import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -301,7 +302,7 @@ def _read_call(call: Call, criterion: nn.Module, name: str, others: str) -> _Par
         (z0, p0), (z1, p1) = given.values()
         if all(_is_batch(x) for x in (z0, p0, z1, p1)):
             # Symmetric pairs, as SymNegCosineSimilarityLoss takes them: with the same pair twice it is s(p, z).
-            learning = _learning(criterion, criterion, (z0, p0, z1, p1), name)
+            learning = _learning(criterion, "pairs", criterion, (z0, p0, z1, p1), name)
             if learning == (False, True, False, True):
                 return _Part([p0, p1], False, [z1.detach(), z0.detach()], 2, lambda p, t: criterion((t, p), (t, p)), {})
             if learning == (True, False, True, False):
@@ -325,7 +326,7 @@ def _read_call(call: Call, criterion: nn.Module, name: str, others: str) -> _Par
     rest = {key: value for key, value in given.items() if key not in tensors}
     keys, sides = list(tensors), list(tensors.values())
     repeat = _repeat(criterion, call, *keys)
-    carries = _learning(criterion, repeat, sides, name)
+    carries = _learning(criterion, tuple(keys), repeat, sides, name)
     if not any(carries):
         raise RuntimeError(
             f"{name} was called with two tensors that do not carry gradient, so LoGo cannot tell the prediction from "
@@ -338,25 +339,25 @@ def _read_call(call: Call, criterion: nn.Module, name: str, others: str) -> _Par
     return _Part(sides[:1], False, [sides[1].detach()], 1, repeat, rest)
 
 
-_LEARNING: WeakKeyDictionary[nn.Module, dict[int, tuple[bool, ...]]] = WeakKeyDictionary()
+_LEARNING: WeakKeyDictionary[nn.Module, dict[Any, tuple[bool, ...]]] = WeakKeyDictionary()
 
 
 @eager
-def _learning(criterion: nn.Module, similarity: Any, sides: Sequence[Tensor], name: str) -> tuple[bool, ...]:
+def _learning(criterion: nn.Module, kind: Any, similarity: Any, sides: Sequence[Tensor], name: str) -> tuple[bool, ...]:
     """Which of two tensors, or two pairs, learn by a criterion: it may detach one itself, as SimSiam's D(p, z) does."""
     carries = tuple(side.requires_grad for side in sides)
     if sum(carries) < 2:
         return carries
     found = _LEARNING.setdefault(criterion, {})
-    if len(sides) not in found:
+    if kind not in found:
         leaves = [tensor.detach().requires_grad_() for tensor in sides]
         given: Any = leaves if len(leaves) == 2 else (leaves[:2], leaves[2:])
         value = on_a_copy(criterion, similarity, name)(*given)
         gradients = (
             torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
         )
-        found[len(sides)] = tuple(gradient is not None for gradient in gradients)
-    return tuple(learns and carry for learns, carry in zip(found[len(sides)], carries, strict=True))
+        found[kind] = tuple(gradient is not None for gradient in gradients)
+    return tuple(learns and carry for learns, carry in zip(found[kind], carries, strict=True))
 
 
 def versions(*values: Any) -> Any:
@@ -454,7 +455,8 @@ def _objects(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def _is_array(value: Any) -> bool:
-    return type(value).__module__ == "numpy" and hasattr(value, "tobytes")
+    """numpy's, but none so large that it would be data."""
+    return type(value).__module__ == "numpy" and getattr(value, "nbytes", math.inf) <= 2**20
 
 
 def _changed(criterion: nn.Module, before: list[_Entry]) -> bool:

@@ -102,7 +102,7 @@ def _logo_step(
     # How predictions come from the heads may change with the epoch: then it is looked up anew.
     kind = (observed.mutual, *(origin_of(pred, ran, heads) for pred in observed.preds))
     new = kind not in model._logo_sources
-    source = _source(model, observed, ran, heads) if new else model._logo_sources[kind]
+    source = _source(model, observed, ran, heads, len(global_views[0])) if new else model._logo_sources[kind]
     targets = observed.targets
     if settings.target:
         with torch.no_grad():
@@ -147,7 +147,7 @@ def _logo_step(
     terms = model.logo.extend(
         host_loss,
         global_global=observed.global_global,
-        global_pairs=observed.global_pairs,
+        global_pairs=observed.global_pairs * max(1, len(observed.preds[0]) // len(global_views[0])),  # of one call
         global_target=targets,
         local_pred=local_pred,
         local_proj=local_proj,
@@ -204,7 +204,7 @@ def methods_of(model: LoGoModel, heads: Heads) -> list[tuple[str, Method]]:
     return [method for method in methods if method[0] == found] or methods
 
 
-def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads) -> Source | None:
+def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads, images: int) -> Source | None:
     """Where the predictions come from, as this step showed, or an error: without that no local ones can be had."""
     settings = model.logo_settings
     criterion = "" if settings.criterion is None else f"{type(resolve(model, settings.criterion)).__name__} of "
@@ -222,6 +222,12 @@ def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads) ->
         raise RuntimeError(
             f"{name} is added to the loss for some pairs and subtracted for others, as for negatives, and local crops "
             "would be pulled to all of them. Put both into one criterion, or use LoGoLoss directly."
+        )
+    rows = len(observed.preds[0])
+    if rows != images and settings.target is None:
+        raise RuntimeError(
+            f"{name} was called with {rows} predictions of {images} images, so with those of several views or ranks in "
+            "one. Call it once for each view, with the predictions of this process, and take the mean."
         )
     sources = [source_of(pred, ran, heads) for pred in observed.preds]
     found = [source for source in sources if source is not None]
