@@ -37,6 +37,8 @@ class PlainModel(LightlyModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Of views (and their boxes), the loss; of a tensor, what the user's own forward gives."""
+        if not args and isinstance(kwargs.get("x"), (list, tuple, DeferredViews)):
+            args = (kwargs.pop("x"),)
         if not args or not isinstance(args[0], (list, tuple, DeferredViews)):
             return super().forward(*args, **kwargs)
         x, *boxes = args

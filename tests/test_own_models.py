@@ -2,8 +2,11 @@
 
 import copy
 import itertools
+import math
+import random
 import warnings
 from collections import deque, namedtuple
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -900,6 +903,75 @@ class AugmentsInForward(SimSiam):
         return super().both(x + 0.1 * torch.randn_like(x))
 
 
+class FlipsSomeBatches(SimSiam):
+    def both(self, x):
+        return super().both(x.flip(-1) if torch.rand(()) < 0.5 else x)
+
+
+class Depth(nn.Module):
+    """Layers of nearly no weight yet, left out by Python's random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
+        self.scale = nn.Parameter(torch.full((8,), 1e-5))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + self.scale * layer(x) if random.random() > 0.2 else x
+        return x
+
+
+class LeavesLayersOut(SimSiam):
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(conv(), nn.Flatten(), Depth())
+
+
+class Experts(nn.Module):
+    """Each image goes through one of six layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.layers = nn.Linear(8, 6, bias=False), nn.ModuleList([nn.Linear(8, 8) for _ in range(6)])
+
+    def forward(self, x):
+        weight, chosen = self.gate(x).softmax(1).max(1)
+        rows = [weight[i] * self.layers[int(k)](x[i]) for i, k in enumerate(chosen)]
+        return x + torch.stack(rows)
+
+
+class ExpertBackbone(SimSiam):
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(conv(), nn.Flatten(), Experts())
+
+
+class InSmallParts(dropping(SimSiam)):
+    """The backbone two images at a time, the heads all."""
+
+    def training_step(self, batch, batch_idx):
+        features = [torch.cat([self.backbone(part) for part in x.split(2)]).flatten(1) for x in batch[0]]
+        z0, z1 = map(self.projection_head, features)
+        p0, p1 = map(self.prediction_head, (z0, z1))
+        return 0.5 * (self.criterion(p0, z1.detach()) + self.criterion(p1, z0.detach()))
+
+
+class ReadOnly(dict):
+    def __setitem__(self, *_):
+        raise TypeError("read-only")
+
+    update = __setitem__
+
+
+class KeepsOddThings(SimSiam):
+    def __init__(self):
+        super().__init__()
+        self.criterion.meter = SimpleNamespace(best=float("nan"))
+        self.criterion.config = ReadOnly(a=1)
+        self.criterion.library = math
+
+
 class InTurns(SimSiam):
     """Views in turns in one batch, and random numbers."""
 
@@ -938,11 +1010,13 @@ class GivesTheTemperature(SimSiam):
     [
         *(Dropped, SkippedLayer, BySize, HalfHeads, MoreInTheBatch, CheckpointedBackbone, KeepsItself, AnyArguments),
         *(Rotated, dropping(SimSiam), dropping(Rotated), AugmentsInForward, GivesTheTemperature),
+        *(FlipsSomeBatches, LeavesLayersOut, ExpertBackbone, InSmallParts, KeepsOddThings),
     ],
 )
 def test_no_reason_to_refuse(model):
     for seed in range(4):
         torch.manual_seed(seed)
+        random.seed(seed)
         made = wrap(model())
         for _ in range(3):
             assert torch.isfinite(made.training_step(batch(), 0))
@@ -989,6 +1063,12 @@ def test_all_views_in_one_call():
     check(model, by_hand, online="predict", target="project")
 
 
+def test_a_backbone_called_by_another_name():
+    """The step calls it as a whole, the method that is named by its parts, and outputs cannot be compared."""
+    made = wrap(Dropped(), online=lambda x: made.prediction_head(made.projection_head(made.backbone[:](x).flatten(1))))
+    assert torch.isfinite(made.training_step(batch(), 0))
+
+
 def test_views_in_turns():
     made = wrap(InTurns(), online=lambda images: made.both(images)[1])
     assert torch.isfinite(made.training_step(batch(), 0))
@@ -1019,10 +1099,6 @@ class TestLightning:
 
             class Nothing(base):
                 pass
-
-    def test_a_copy_knows_its_options(self):
-        copied = copy.deepcopy(wrap(SimSiam(), affinity=None, reduction="sum"))
-        assert type(copied)().logo.reduction == "sum"
 
     def test_a_step_without_batch_idx(self):
         class Short(SimSiam):
@@ -1149,3 +1225,4 @@ def test_a_plain_loop_with_a_target_network_that_only_no_grad_keeps_from_trainin
     model = wrap(Online(), criterion=criterion)
     assert torch.isfinite(model(batch()[0]))
     assert model(pixel_values=batch()[0][0]).shape == (6, 10)
+    assert torch.isfinite(model(x=batch()[0]))

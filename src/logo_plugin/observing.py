@@ -7,10 +7,11 @@ called once more as the host called it, with a local crop's prediction in the pl
 import copy
 import math
 import weakref
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -24,6 +25,7 @@ from logo_plugin.losses import Similarity, info_nce
 
 Key = int | str  # of an argument: its position or its name
 _CONTAINERS = (list, tuple, set, dict, deque)
+_DICTS = (dict, OrderedDict, defaultdict, Counter)  # others may be read-only
 _DEPTH = 3  # of containers in containers, which may hold themselves
 _OF_MODULES = frozenset(vars(nn.Module()))
 
@@ -351,7 +353,8 @@ def _learning(criterion: nn.Module, kind: Any, similarity: Any, sides: Sequence[
     found = _LEARNING.setdefault(criterion, {})
     if kind not in found:
         leaves = [tensor.detach().requires_grad_() for tensor in sides]
-        given: Any = leaves if len(leaves) == 2 else (leaves[:2], leaves[2:])
+        copies = [leaf.clone() for leaf in leaves]  # which the criterion may change in place
+        given: Any = copies if len(copies) == 2 else (copies[:2], copies[2:])
         value = on_a_copy(criterion, similarity, name)(*given)
         gradients = (
             torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
@@ -449,7 +452,7 @@ def _state(criterion: nn.Module) -> list[_Entry]:
 
 def _objects(module: nn.Module) -> list[dict[str, Any]]:
     """What a module keeps in objects of other classes, a queue of one's own, say."""
-    plain = (nn.Module, Tensor, type, *_CONTAINERS)
+    plain = (nn.Module, Tensor, type, ModuleType, *_CONTAINERS)
     values = [x for x in vars(module).values() if not (isinstance(x, plain) or callable(x))]
     return [x.__dict__ for x in values if hasattr(x, "__dict__")]
 
@@ -465,7 +468,7 @@ def _changed(criterion: nn.Module, before: list[_Entry]) -> bool:
     return len(after) != len(before) or any(
         new_key != key
         or (new is not value and (isinstance(value, Tensor) or isinstance(new, Tensor)))
-        or (not (isinstance(value, (Tensor, *_CONTAINERS)) or _is_array(value)) and new != value)
+        or not (new is value or isinstance(value, (Tensor, *_CONTAINERS)) or _is_array(value) or new == value)
         or new_version != version
         for (_, new_key, new, new_version), (_, key, value, version) in zip(after, before, strict=True)
     )
@@ -496,9 +499,10 @@ def _copied(value: Any, depth: int = _DEPTH) -> Any:
         return value.copy()
     if not depth:
         return value
-    if isinstance(value, dict):
+    if type(value) in _DICTS:
         new = copy.copy(value)
-        new.update({key: _copied(item, depth - 1) for key, item in value.items()})
+        for key, item in value.items():
+            new[key] = _copied(item, depth - 1)
         return new
     items = (_copied(item, depth - 1) for item in value) if isinstance(value, _CONTAINERS) else ()
     if isinstance(value, deque):

@@ -123,13 +123,14 @@ def outputs_of(modules: Iterable[nn.Module], pieces: int = 0) -> Iterator[Output
 
 
 @contextmanager
-def images_of(module: nn.Module | None) -> Iterator[list[Tensor]]:
-    """While it lasts, the images (N, C, H, W) that the module is called with are recorded."""
+def images_of(module: nn.Module | None, but: Callable[[], bool] = lambda: False) -> Iterator[list[Tensor]]:
+    """While it lasts, the images (N, C, H, W) that the module is called with are recorded, but where `but` says no."""
     found: list[Tensor] = []
 
     @eager
     def remember(_: nn.Module, args: tuple[Any, ...]) -> None:
-        found.extend(x.detach() for x in args[:1] if isinstance(x, Tensor) and x.ndim == 4)
+        if not but():
+            found.extend(x.detach() for x in args[:1] if isinstance(x, Tensor) and x.ndim == 4)
 
     hook = None if module is None else module.register_forward_pre_hook(remember)
     try:

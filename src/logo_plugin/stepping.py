@@ -91,7 +91,7 @@ def _logo_step(
     if versions(*global_views) != before:
         raise RuntimeError(
             f"the step of {name} changes the images of global crops in place, and local crops stay as they are. Do it "
-            "in the collate function or the dataset, for all crops; or in the network that they go through."
+            "in the collate function or the dataset, for all crops; or in the network, but not in place."
         )
     if out is None:
         return None, None
@@ -136,7 +136,7 @@ def _logo_step(
             ran,
             backbone,
             fed,
-            target_given=bool(settings.target),
+            asked=bool(settings.target or settings.online),
         )
         if model.logo.affinity is not None and heads.trained and not all(z.requires_grad for z in local_proj):
             raise RuntimeError(

@@ -1,6 +1,10 @@
 """Whether local crops go the way that the host's step sends global ones. No host is named here."""
 
-from collections.abc import Sequence
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +29,7 @@ def check_online(
     backbone: nn.Module | None,
     fed: list[Tensor],
     *,
-    target_given: bool,
+    asked: bool,
 ) -> None:
     """RuntimeError unless what runs local crops gives for global ones what the step gave, and trains what it trains.
 
@@ -43,7 +47,7 @@ def check_online(
         ran: What the heads gave in the step.
         backbone: The model's, if it has one.
         fed: The images that the step gave the backbone, as often as it called it.
-        target_given: The user says what the targets are, so that not all in `observed` is a prediction.
+        asked: The user names methods, so that not all in `observed` need be a prediction of the one network.
     """
     rows, features = observed.preds[0].shape
     images, seen = len(global_views[0]), [out for outs in ran.values() for out in outs]
@@ -61,13 +65,15 @@ def check_online(
         return pred.shape == part.shape and float((pred - part).norm()) <= (0.1 if half else 0.05) * float(part.norm())
 
     devices = [global_views[0].device] if global_views[0].is_cuda else []
-    with torch.random.fork_rng(devices), kept_statistics(model, every=True):
+    images_here: list[Tensor] = []  # before the network draws any random numbers
+    with _kept_random_state(devices), kept_statistics(model, every=True):
         with torch.no_grad():
-            before = _random_state(devices)
-            with images_of(backbone) as images_here:
-                found = [run(global_views)]
-            with images_of(backbone) as images_again:
-                found.append(run(global_views))
+            before, outs = _random_state(devices), []
+            for view in global_views:
+                with images_of(backbone, _changes_of(devices)) as given:
+                    outs.append(run([view]))
+                images_here += given
+            found = [torch.cat(outs), run(global_views)]
             drawn = before != _random_state(devices) or not near(*found)
             usual = at_once <= {*range(1, len(global_views) + 1)}
             found += [run(batched(int(count))) for count in sorted(at_once - {1})] if usual else []
@@ -83,10 +89,11 @@ def check_online(
         ]
     comparable = usual and not drawn
     other = "gives the criterion something else for global crops than" if comparable and not any(same) else ""
-    if not other and fed and not (comparable and all(same)) and all(map(_equal, images_here, images_again)):
-        known = [any(_equal(x, block) for whole in fed for block in _blocks(whole, len(x))) for x in images_here]
+    if not other and fed and images_here and not (comparable and all(same)):
+        joined = [torch.cat([x for x in fed if x.shape[1:] == shape]) for shape in {x.shape[1:] for x in fed}]
+        known = [any(_equal(x, b) for whole in (*fed, *joined) for b in _blocks(whole, len(x))) for x in images_here]
         # A view that nothing is predicted of need not be among them.
-        if not (all(known) if comparable and len(observed.preds) > 1 else any(known)):
+        if not (all(known) if comparable and len(observed.preds) > 1 and not asked else any(known)):
             other = "gives the backbone other images for global crops than"
     cure = "name with online= a method from images to what the criterion is given."
     if other:
@@ -99,15 +106,13 @@ def check_online(
         return
     own = {id(p): n for n, p in model.named_parameters() if not n.startswith("logo")}
     more, less = (reached - trained) & own.keys(), (trained - reached) & own.keys()
+    networks = [{id(p) for p in part.parameters()} for part in (backbone, *heads.modules) if part is not None]
     if not comparable:  # layers may be left out at random, but not all of a network
-        networks = [{id(p) for p in part.parameters()} for part in (backbone, *heads.modules) if part is not None]
         more = more & set().union(*(ids for ids in networks if not ids & trained))
+    less = less.difference(*networks) if comparable and not asked else set()  # experts choose their images
     for names, what in (
         (more, "local crops would train {} of {}, which its own step does not train with this loss (no_grad, detach)"),
-        (
-            less if comparable and not target_given else (),
-            "local crops would not go through {} of {}, as global ones do",
-        ),
+        (less, "local crops would not go through {} of {}, as global ones do"),
     ):
         if names:
             listed = sorted(own[p] for p in names)
@@ -124,6 +129,27 @@ def _equal(first: Tensor, second: Tensor) -> bool:
     return first.shape == second.shape and torch.allclose(first.float(), second.float(), rtol=1e-2, atol=1e-3)
 
 
-def _random_state(devices: Sequence[torch.device]) -> list[list[int]]:
+def _random_state(devices: list[torch.device]) -> list[Any]:
     states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
-    return [state.tolist() for state in states]
+    numpy = sys.modules.get("numpy")
+    others = [] if numpy is None else [numpy.random.get_state(legacy=False)["state"]["pos"]]
+    return [*(state.tolist() for state in states), random.getstate(), *others]
+
+
+def _changes_of(devices: list[torch.device]) -> Callable[[], bool]:
+    before = _random_state(devices)
+    return lambda: _random_state(devices) != before
+
+
+@contextmanager
+def _kept_random_state(devices: list[torch.device]) -> Iterator[None]:
+    """torch's, Python's and, if it is in use, numpy's."""
+    numpy = sys.modules.get("numpy")
+    python, arrays = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(arrays)

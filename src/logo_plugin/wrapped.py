@@ -195,9 +195,7 @@ class LoGoModel(nn.Module):
         found: Any = sys.modules.get(cls.__module__)
         for name in cls.__qualname__.split("."):
             found = getattr(found, name, None)
-        return (
-            reduced if found is cls else (_unpickle, (mixin_of(cls), self._logo_base, self._logo_config), *reduced[2:])
-        )
+        return reduced if found is cls else (_unpickle, (mixin_of(cls), self._logo_base), *reduced[2:])
 
 
 def attach(x: Any, mixin: type[LoGoModel], settings: Settings, options: dict[str, Any], preset: str | None) -> Any:
@@ -279,6 +277,6 @@ def _subclass(mixin: type[LoGoModel], base: type[nn.Module], config: tuple[Setti
     return cls
 
 
-def _unpickle(mixin: type[LoGoModel], base: type[nn.Module], config: tuple[Settings, dict[str, Any]]) -> Any:
-    cls = _subclass(mixin, base, config)
+def _unpickle(mixin: type[LoGoModel], base: type[nn.Module]) -> Any:
+    cls = _subclass(mixin, base, (Settings(), {}))
     return cls.__new__(cls)
