@@ -86,7 +86,7 @@ STAGES = [
     # All of this has smaller crops than MultiCropCollate by itself.
     ("imagenette", "moco-both", ["default scales"], [3, 4, 5], 11),
     ("imagenette", "byol", ["default scales"], [3, 4, 5], 11),
-    # Three times the default's strength: twice as far ahead of multi-crop with MoCo. After 60 epochs, too? (Yes; BYOL no.)
+    # Three times the default's strength: twice as far ahead of multi-crop with MoCo. After 60 epochs, too?
     ("imagenette", "moco-both", ["cosine, annealed, ratio 0.3"], [3, 4, 5], 11),
     ("imagenette", "byol", ["cosine, annealed, ratio 0.3"], [3, 4, 5], 11),
     ("imagenette", "moco-both", ["cosine, annealed, ratio 0.3"], [6, 5, 0, 3, 4], 60),

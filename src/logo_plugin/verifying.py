@@ -80,14 +80,14 @@ def check_online(
         reached = leaves_of([run([global_views[0][:2]])])
     parts = [part for whole in found for part in torch.split(whole, rows)]
     same = [any(near(pred, part) for part in parts) for pred in observed.preds]
-    if not any(same) and source is None and not observed.mutual:
+    comparable = usual and not drawn
+    if comparable and not any(same) and source is None and not observed.mutual:
         repeat, pred, target = observed.any_similarity, observed.preds[0].detach(), observed.targets[0]
         with torch.no_grad():  # lengths may be nothing to the criterion
             blind = torch.allclose(repeat(F.normalize(pred, dim=1), target), repeat(pred, target), rtol=1e-2, atol=1e-3)
         same = [
             blind and any(near(F.normalize(p, dim=1), F.normalize(q, dim=1)) for q in parts) for p in observed.preds
         ]
-    comparable = usual and not drawn
     other = "gives the criterion something else for global crops than" if comparable and not any(same) else ""
     if not other and fed and images_here and not (comparable and all(same)):
         joined = [torch.cat([x for x in fed if x.shape[1:] == shape]) for shape in {x.shape[1:] for x in fed}]
@@ -132,8 +132,9 @@ def _equal(first: Tensor, second: Tensor) -> bool:
 def _random_state(devices: list[torch.device]) -> list[Any]:
     states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
     numpy = sys.modules.get("numpy")
-    others = [] if numpy is None else [numpy.random.get_state(legacy=False)["state"]["pos"]]
-    return [*(state.tolist() for state in states), random.getstate(), *others]
+    arrays = {} if numpy is None else numpy.random.get_state(legacy=False)["state"]
+    others = {key: value for key, value in arrays.items() if key != "key"}  # 624 words that change every 624 draws
+    return [*(state.tolist() for state in states), random.getstate(), others]
 
 
 def _changes_of(devices: list[torch.device]) -> Callable[[], bool]:
