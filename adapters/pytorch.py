@@ -37,11 +37,11 @@ class PlainModel(LightlyModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Of views (and their boxes), the loss; of a tensor, what the user's own forward gives."""
-        if not args and isinstance(kwargs.get("x"), (list, tuple, DeferredViews)):
-            args = (kwargs.pop("x"),)
-        if not args or not isinstance(args[0], (list, tuple, DeferredViews)):
+        x, *boxes = args or [kwargs.get("x")]
+        if not isinstance(x, (list, tuple, DeferredViews)):
             return super().forward(*args, **kwargs)
-        x, *boxes = args
+        if not args:
+            del kwargs["x"]
         step: Any = self.logo_settings.step
         views_alone(type(self).__name__, x)
         views = views_of([x], type(self).__name__)

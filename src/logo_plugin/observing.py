@@ -227,7 +227,7 @@ def read(
     else:
         if any(part.others != parts[0].others for part in parts):  # a margin, say, that is another in each call
             similarities = [similarity for _, similarity in targets.values()]
-        _STATEFUL[criterion] = watched.stateful() or (criterion in _STATEFUL and _STATEFUL[criterion])
+        _STATEFUL[criterion] = _STATEFUL.get(criterion, False) or watched.stateful()
         if _STATEFUL[criterion]:
             similarities = [on_a_copy(criterion, similarity, name, watched.start) for similarity in similarities]
     weighed = torch.stack([weight for weight, _ in used])
@@ -474,16 +474,21 @@ def _changed(criterion: nn.Module, before: list[_Entry]) -> bool:
     )
 
 
+def _address(value: Tensor) -> int | None:
+    """Where a tensor lies in memory, None for kinds that don't tell."""
+    return value.data_ptr() if value.layout == torch.strided and value.device.type in ("cpu", "cuda") else None
+
+
 def _identity(value: Tensor) -> Any:
     """The same for two tensors that are one in memory, as `x` and `x.detach()` are."""
-    strided = value.layout == torch.strided and value.device.type in ("cpu", "cuda")
-    return (value.data_ptr(), value.shape, value.stride()) if strided else id(value)
+    address = _address(value)
+    return id(value) if address is None else (address, value.shape, value.stride())
 
 
 def _version(value: Any, depth: int = _DEPTH) -> Any:
     if isinstance(value, Tensor):  # `.data = ...` moves it without a new version
-        strided = value.layout == torch.strided and not value.is_inference()
-        return (value._version, value.data_ptr()) if strided and value.device.type in ("cpu", "cuda") else None
+        address = _address(value)
+        return None if address is None or value.is_inference() else (value._version, address)
     if _is_array(value):
         return value.tobytes()
     if not depth or not isinstance(value, _CONTAINERS):

@@ -81,13 +81,13 @@ def _logo_step(
     if first and settings.global_crops is None:
         _warn_of_large_local_crops(views, count)
     heads, before = model.find_heads(settings.projector), versions(*global_views)
-    backbone = model.find_backbone(heads)
+    backbone, given = model.find_backbone(heads), [*global_views]  # a list that the step may change
     with (
         images_of(backbone if first else None) as fed,
         outputs_of(heads.modules) as ran,
         model.watch_step(heads, ran) as observe,
     ):
-        out = _host_step(model, step, [*global_views]) if first else step([*global_views])
+        out = _host_step(model, step, given) if first else step(given)
     if versions(*global_views) != before:
         raise RuntimeError(
             f"the step of {name} changes the images of global crops in place, and local crops stay as they are. Do it "
@@ -147,7 +147,8 @@ def _logo_step(
     terms = model.logo.extend(
         host_loss,
         global_global=observed.global_global,
-        global_pairs=observed.global_pairs * max(1, len(observed.preds[0]) // len(global_views[0])),  # of one call
+        # A call that was given several views' predictions compares as many pairs.
+        global_pairs=observed.global_pairs * max(1, len(observed.preds[0]) // len(global_views[0])),
         global_target=targets,
         local_pred=local_pred,
         local_proj=local_proj,

@@ -68,13 +68,13 @@ def check_online(
     images_here: list[Tensor] = []  # before the network draws any random numbers
     with _kept_random_state(devices), kept_statistics(model, every=True):
         with torch.no_grad():
-            before, outs = _random_state(devices), []
+            changed, outs = _changes_of(devices), []
             for view in global_views:
                 with images_of(backbone, _changes_of(devices)) as given:
                     outs.append(run([view]))
                 images_here += given
             found = [torch.cat(outs), run(global_views)]
-            drawn = before != _random_state(devices) or not near(*found)
+            drawn = changed() or not near(*found)
             usual = at_once <= {*range(1, len(global_views) + 1)}
             found += [run(batched(int(count))) for count in sorted(at_once - {1})] if usual else []
         reached = leaves_of([run([global_views[0][:2]])])
@@ -122,7 +122,8 @@ def check_online(
 
 def _blocks(images: Tensor, rows: int) -> list[Tensor]:
     """The parts of a batch that may be one view, one after the other or in turns."""
-    return [*torch.split(images, rows), *(images[i :: max(1, len(images) // rows)] for i in range(len(images) // rows))]
+    turns = len(images) // rows
+    return [*torch.split(images, rows), *(images[i::turns] for i in range(turns))]
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
@@ -138,6 +139,7 @@ def _random_state(devices: list[torch.device]) -> list[Any]:
 
 
 def _changes_of(devices: list[torch.device]) -> Callable[[], bool]:
+    """Whether any of it has been drawn from since."""
     before = _random_state(devices)
     return lambda: _random_state(devices) != before
 
