@@ -91,7 +91,7 @@ class LoGoLearner(nn.Module):
         width, simsiam, moco = chosen["output_dim"], method == "simsiam", method == "moco"
         self.momentum, self.temperature = (chosen.get(name, 1.0) for name in ("momentum", "temperature"))
         self.backbone, self.global_crops = backbone, global_crops
-        self._local_forwards = {
+        self._local_forwards: dict[str, Any] = {
             "checkpoint": flag("checkpoint_local_crops", checkpoint_local_crops),
             "running_stats": flag("local_running_stats", local_running_stats),
         }

@@ -1151,6 +1151,44 @@ class TestLightning:
             wrap(Both())
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_target_network_in_forward_never_sees_local_crops(frozen):
+    """Nor do its BatchNorms, which normalise as global crops are and are all that training moves there."""
+
+    class BYOL(SimSiam):
+        def __init__(self):
+            super().__init__()
+            self.slow_backbone, self.slow_head = copy.deepcopy(self.backbone), copy.deepcopy(self.projection_head)
+            if frozen:
+                nn.ModuleList([self.slow_backbone, self.slow_head]).requires_grad_(False)
+
+        def forward(self, x):
+            with torch.no_grad():
+                target = self.slow_head(self.slow_backbone(x).flatten(1))
+            return target, self.both(x)[1]
+
+        def training_step(self, batch, batch_idx):
+            (t0, p0), (t1, p1) = map(self, batch[0])
+            return 0.5 * (self.criterion(p0, t1) + self.criterion(p1, t0))
+
+    torch.manual_seed(0)
+    host, views = BYOL(), batch()[0]
+    wrapped = wrap(copy.deepcopy(host), affinity=None)
+    for _ in range(3):
+        host.training_step([views[:2], batch()[1]], 0)
+        loss = wrapped.training_step(batch(), 0)
+    torch.testing.assert_close(loss, total(*slow_by_hand(copy.deepcopy(host), views)))
+    expected, found = dict(host.named_buffers()), dict(wrapped.named_buffers())
+    for name, buffer in expected.items():
+        assert torch.equal(found[name], buffer) == name.startswith("slow_"), name
+
+
+def slow_by_hand(model, views):
+    (t0, p0), (t1, p1) = map(model, views[:2])
+    mean = (cosine(p0, t1) + cosine(p1, t0)) / 2
+    return mean, 1.0, mean, 2, [model.both(view)[1] for view in views[2:]], [t0, t1], cosine
+
+
 def test_a_plain_loop_that_may_normalise():
     class Contrast(nn.Module):
         def forward(self, first, second):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -18,18 +18,21 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
+def statistics(module: nn.Module, *, every: bool = False) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """(layer, name, buffer) of running statistics, as BatchNorm has them; with `every` of all buffers."""
+    for child in module.modules():
+        for name, buffer in child._buffers.items():
+            if buffer is not None and (every or name.startswith("running_") or name == "num_batches_tracked"):
+                yield child, name, buffer
+
+
 @contextmanager
 def kept_statistics(module: nn.Module, *, every: bool = False) -> Iterator[None]:
     """While it lasts BatchNorm and layers like it normalise as ever, but their running statistics stay as they are.
 
     With `every` all buffers do.
     """
-    buffers = [
-        (child._buffers, name, buffer)
-        for child in module.modules()
-        for name, buffer in child._buffers.items()
-        if buffer is not None and (every or name.startswith("running_") or name == "num_batches_tracked")
-    ]
+    buffers = [(child._buffers, name, buffer) for child, name, buffer in statistics(module, every=every)]
     for holder, name, buffer in buffers:
         holder[name] = buffer.clone()
     try:

@@ -1,6 +1,6 @@
 """How local crops are forwarded: with their activations or computing them again in backward, counted or not."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -14,7 +14,12 @@ from logo_plugin.modes import kept_statistics
 
 @contextmanager
 def local_forwards(
-    model: nn.Module, backbone: nn.Module | None, *, checkpoint: bool, running_stats: bool
+    model: nn.Module,
+    backbone: nn.Module | None,
+    *,
+    checkpoint: bool,
+    running_stats: bool,
+    idle: Sequence[nn.Module] = (),
 ) -> Iterator[None]:
     """While it lasts, local crops are forwarded as the options say.
 
@@ -23,8 +28,12 @@ def local_forwards(
         backbone: What takes most of the memory.
         checkpoint: Compute what the backbone keeps for backward again there.
         running_stats: Whether they move BatchNorm's running statistics.
+        idle: Layers whose statistics they never move: those of a target network that runs along.
     """
-    with recomputed(backbone if checkpoint else None), nullcontext() if running_stats else kept_statistics(model):
+    still: AbstractContextManager[None] = nullcontext()
+    if idle or not running_stats:
+        still = kept_statistics(nn.ModuleList(idle) if running_stats else model)
+    with recomputed(backbone if checkpoint else None), still:
         yield
 
 

@@ -17,6 +17,7 @@ from logo_plugin.compiling import eager_frame, gradients_inside
 from logo_plugin.crops import CropBoxes, crop_overlap
 from logo_plugin.local_predictor import join_groups
 from logo_plugin.losses import LoGoTerms
+from logo_plugin.modes import statistics
 from logo_plugin.observing import Observed, is_symmetric, versions
 from logo_plugin.online import Heads, Method, Outputs, Source, images_of, origin_of, outputs_of, run_online, source_of
 from logo_plugin.progress import follow_trainer
@@ -108,11 +109,13 @@ def _logo_step(
         with torch.no_grad():
             targets = [_call_option(model, "target", view) for view in global_views]
     methods = methods_of(model, heads)
+    before_local = {(layer, name): buffer.clone() for layer, name, buffer in statistics(model) if new}
     with local_forwards(
         model,
         backbone,
         checkpoint=settings.checkpoint_local_crops,
         running_stats=settings.local_running_stats,
+        idle=model._logo_idle,
     ):
         method, local_pred, local_proj = run_online(
             methods,
@@ -125,7 +128,7 @@ def _logo_step(
             concat=settings.concat_local_crops,
         )
     if new:
-        check_online(
+        model._logo_idle = check_online(
             model,
             methods,
             method,
@@ -138,6 +141,9 @@ def _logo_step(
             fed,
             asked=bool(settings.target or settings.online),
         )
+        for layer, buffer, value in statistics(model):
+            if layer in model._logo_idle:
+                value.copy_(before_local[layer, buffer])
         if model.logo.affinity is not None and heads.trained and not all(z.requires_grad for z in local_proj):
             raise RuntimeError(
                 f"{method} of {name} gives projections of local crops without gradient, so nothing could repel them. "

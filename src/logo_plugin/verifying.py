@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logo_plugin.compiling import eager
-from logo_plugin.modes import kept_statistics
+from logo_plugin.modes import kept_statistics, statistics
 from logo_plugin.observing import Observed
 from logo_plugin.online import Heads, Method, Outputs, Source, images_of, leaves_of, run_online
 
@@ -30,7 +30,7 @@ def check_online(
     fed: list[Tensor],
     *,
     asked: bool,
-) -> None:
+) -> list[nn.Module]:
     """RuntimeError unless what runs local crops gives for global ones what the step gave, and trains what it trains.
 
     A network that draws random numbers gives nothing to compare, nor has BatchNorm where other images are in the batch:
@@ -48,6 +48,9 @@ def check_online(
         backbone: The model's, if it has one.
         fed: The images that the step gave the backbone, as often as it called it.
         asked: The user names methods, so that not all in `observed` need be a prediction of the one network.
+
+    Returns:
+        Layers whose running statistics the method moves though it trains nothing there, as in a target network.
     """
     rows, features = observed.preds[0].shape
     images, seen = len(global_views[0]), [out for outs in ran.values() for out in outs]
@@ -77,7 +80,9 @@ def check_online(
             drawn = changed() or not near(*found)
             usual = at_once <= {*range(1, len(global_views) + 1)}
             found += [run(batched(int(count))) for count in sorted(at_once - {1})] if usual else []
+        before = {(layer, name): buffer.clone() for layer, name, buffer in statistics(model)}
         reached = leaves_of([run([global_views[0][:2]])])
+        moved = {layer for layer, name, buffer in statistics(model) if not torch.equal(buffer, before[layer, name])}
     parts = [part for whole in found for part in torch.split(whole, rows)]
     same = [any(near(pred, part) for part in parts) for pred in observed.preds]
     comparable = usual and not drawn
@@ -103,7 +108,7 @@ def check_online(
         )
     trained = leaves_of(observed.preds)
     if reached is None or trained is None:
-        return
+        return []
     own = {id(p): n for n, p in model.named_parameters() if not n.startswith("logo")}
     more, less = (reached - trained) & own.keys(), (trained - reached) & own.keys()
     networks = [{id(p) for p in part.parameters()} for part in (backbone, *heads.modules) if part is not None]
@@ -118,6 +123,16 @@ def check_online(
             listed = sorted(own[p] for p in names)
             what = what.format(", ".join(listed[:3]) + " and others" * (len(listed) > 3), type(model).__name__)
             raise RuntimeError(f"{what}: {cure}")
+    if not reached & own.keys():  # sharded: no layer's own parameters are in the graph
+        return []
+    return [layer for name, layer in model.named_modules() if layer in moved and not reached & _around(model, name)]
+
+
+def _around(model: nn.Module, name: str) -> set[int]:
+    """The ids of a layer's parameters; if it has none, those of the part that it lies in."""
+    while not (found := {id(p) for p in model.get_submodule(name).parameters()}) and name:
+        name = name.rpartition(".")[0]
+    return found
 
 
 def _blocks(images: Tensor, rows: int) -> list[Tensor]:

@@ -62,6 +62,7 @@ class LoGoModel(nn.Module):
     logo_terms: LoGoTerms | None  # of the last step, detached
     logo_local_proj: list[Tensor] | None  # likewise: what LoGoMonitor measures
     _logo_sources: dict[Any, Source | None]  # of the criterion's predictions, by kind of step seen so far
+    _logo_idle: list[nn.Module]  # layers of a target network that runs along with the online one
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -104,7 +105,7 @@ class LoGoModel(nn.Module):
         self.logo_local_predictor = copy.deepcopy(heads.predictor) if settings.local_predictor else None
         self.logo = logo.to(next(self.parameters()).device)
         self.logo_settings, self.logo_terms, self.logo_local_proj = settings, None, None
-        self._logo_sources = {}
+        self._logo_sources, self._logo_idle = {}, []
 
     def find_heads(self, projector: str | None) -> Heads:
         """The projector and predictor; a host that hides them overrides this."""
