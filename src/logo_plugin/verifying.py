@@ -4,7 +4,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,24 @@ from logo_plugin.compiling import eager
 from logo_plugin.modes import kept_statistics, statistics
 from logo_plugin.observing import Observed
 from logo_plugin.online import Heads, Method, Outputs, Source, images_of, leaves_of, run_online
+
+
+class _Look(NamedTuple):
+    """What the step's global crops give when they go the way of local ones.
+
+    Attributes:
+        preds: Their predictions (N, D), forwarded alone and in batches like the step's.
+        images: What the backbone was given, before the network drew random numbers.
+        comparable: Whether the step's predictions must be among `preds`.
+        reached: The ids of the leaves that the gradient of predictions ends at; None if they are hidden.
+        moved: Layers whose running statistics are no longer what they were.
+    """
+
+    preds: list[Tensor]
+    images: list[Tensor]
+    comparable: bool
+    reached: set[int] | None
+    moved: set[nn.Module]
 
 
 @eager
@@ -52,53 +70,29 @@ def check_online(
     Returns:
         Layers whose running statistics the method moves though it trains nothing there, as in a target network.
     """
-    rows, features = observed.preds[0].shape
-    images, seen = len(global_views[0]), [out for outs in ran.values() for out in outs]
-    at_once = {len(out) / images for out in seen}
-    half = torch.is_autocast_enabled(global_views[0].device.type) or any(x.dtype.itemsize < 4 for x in seen)
+    outputs = [out for outs in ran.values() for out in outs]
+    half = torch.is_autocast_enabled(global_views[0].device.type) or any(out.dtype.itemsize < 4 for out in outputs)
 
     def run(views: Sequence[Tensor]) -> Tensor:
-        return torch.cat(run_online(methods, heads, source, views, features=features)[1])
-
-    def batched(count: int) -> list[Tensor]:
-        return [torch.cat(global_views[k : k + count]) for k in range(0, len(global_views), count)]
+        return torch.cat(run_online(methods, heads, source, views, features=observed.preds[0].shape[1])[1])
 
     def near(pred: Tensor, part: Tensor) -> bool:
         pred, part = pred.detach().float(), part.float()
         return pred.shape == part.shape and float((pred - part).norm()) <= (0.1 if half else 0.05) * float(part.norm())
 
-    devices = [global_views[0].device] if global_views[0].is_cuda else []
-    images_here: list[Tensor] = []  # before the network draws any random numbers
-    with _kept_random_state(devices), kept_statistics(model, every=True):
-        with torch.no_grad():
-            changed, outs = _changes_of(devices), []
-            for view in global_views:
-                with images_of(backbone, _changes_of(devices)) as given:
-                    outs.append(run([view]))
-                images_here += given
-            found = [torch.cat(outs), run(global_views)]
-            drawn = changed() or not near(*found)
-            usual = at_once <= {*range(1, len(global_views) + 1)}
-            found += [run(batched(int(count))) for count in sorted(at_once - {1})] if usual else []
-        before = {(layer, name): buffer.clone() for layer, name, buffer in statistics(model)}
-        reached = leaves_of([run([global_views[0][:2]])])
-        moved = {layer for layer, name, buffer in statistics(model) if not torch.equal(buffer, before[layer, name])}
-    parts = [part for whole in found for part in torch.split(whole, rows)]
-    same = [any(near(pred, part) for part in parts) for pred in observed.preds]
-    comparable = usual and not drawn
-    if comparable and not any(same) and source is None and not observed.mutual:
-        repeat, pred, target = observed.any_similarity, observed.preds[0].detach(), observed.targets[0]
-        with torch.no_grad():  # lengths may be nothing to the criterion
-            blind = torch.allclose(repeat(F.normalize(pred, dim=1), target), repeat(pred, target), rtol=1e-2, atol=1e-3)
+    at_once = {len(out) / len(global_views[0]) for out in outputs}
+    look = _look(model, run, near, global_views, backbone, len(observed.preds[0]), at_once)
+    same = [any(near(pred, part) for part in look.preds) for pred in observed.preds]
+    if look.comparable and not any(same) and source is None and not observed.mutual and _blind_to_lengths(observed):
         same = [
-            blind and any(near(F.normalize(p, dim=1), F.normalize(q, dim=1)) for q in parts) for p in observed.preds
+            any(near(F.normalize(pred, dim=1), F.normalize(part, dim=1)) for part in look.preds)
+            for pred in observed.preds
         ]
-    other = "gives the criterion something else for global crops than" if comparable and not any(same) else ""
-    if not other and fed and images_here and not (comparable and all(same)):
-        joined = [torch.cat([x for x in fed if x.shape[1:] == shape]) for shape in {x.shape[1:] for x in fed}]
-        known = [any(_equal(x, b) for whole in (*fed, *joined) for b in _blocks(whole, len(x))) for x in images_here]
+    other = "gives the criterion something else for global crops than" if look.comparable and not any(same) else ""
+    if not other and fed and look.images and not (look.comparable and all(same)):
+        known = _known(look.images, fed)
         # A view that nothing is predicted of need not be among them.
-        if not (all(known) if comparable and len(observed.preds) > 1 and not asked else any(known)):
+        if not (all(known) if look.comparable and len(observed.preds) > 1 and not asked else any(known)):
             other = "gives the backbone other images for global crops than"
     cure = "name with online= a method from images to what the criterion is given."
     if other:
@@ -106,15 +100,15 @@ def check_online(
             f"the step of {type(model).__name__} {other} {method}, which LoGo forwards local crops with. What the step "
             f"itself does to images or features is not in it: {cure}"
         )
-    trained = leaves_of(observed.preds)
+    reached, trained = look.reached, leaves_of(observed.preds)
+    own = {id(p): n for n, p in model.named_parameters() if not n.startswith("logo")}
     if reached is None or trained is None:
         return []
-    own = {id(p): n for n, p in model.named_parameters() if not n.startswith("logo")}
     more, less = (reached - trained) & own.keys(), (trained - reached) & own.keys()
     networks = [{id(p) for p in part.parameters()} for part in (backbone, *heads.modules) if part is not None]
-    if not comparable:  # layers may be left out at random, but not all of a network
+    if not look.comparable:  # layers may be left out at random, but not all of a network
         more = more & set().union(*(ids for ids in networks if not ids & trained))
-    less = less.difference(*networks) if comparable and not asked else set()  # experts choose their images
+    less = less.difference(*networks) if look.comparable and not asked else set()  # experts choose their images
     for names, what in (
         (more, "local crops would train {} of {}, which its own step does not train with this loss (no_grad, detach)"),
         (less, "local crops would not go through {} of {}, as global ones do"),
@@ -125,7 +119,52 @@ def check_online(
             raise RuntimeError(f"{what}: {cure}")
     if not reached & own.keys():  # sharded: no layer's own parameters are in the graph
         return []
-    return [layer for name, layer in model.named_modules() if layer in moved and not reached & _around(model, name)]
+    return [
+        layer for name, layer in model.named_modules() if layer in look.moved and not reached & _around(model, name)
+    ]
+
+
+def _look(
+    model: nn.Module,
+    run: Callable[[Sequence[Tensor]], Tensor],
+    near: Callable[[Tensor, Tensor], bool],
+    views: list[Tensor],
+    backbone: nn.Module | None,
+    rows: int,
+    at_once: set[float],
+) -> _Look:
+    """Leaves no trace. A prediction has `rows` rows, and the step forwarded `at_once` views in one batch."""
+    devices = [views[0].device] if views[0].is_cuda else []
+    images: list[Tensor] = []
+    with _kept_random_state(devices), kept_statistics(model, every=True):
+        with torch.no_grad():
+            changed, outs = _changes_of(devices), []
+            for view in views:
+                with images_of(backbone, _changes_of(devices)) as given:
+                    outs.append(run([view]))
+                images += given
+            found = [torch.cat(outs), run(views)]
+            drawn = changed() or not near(*found)
+            usual = at_once <= {*range(1, len(views) + 1)}
+            for count in sorted(at_once - {1}) if usual else []:
+                found.append(run([torch.cat(views[k : k + int(count)]) for k in range(0, len(views), int(count))]))
+        before = {(layer, name): buffer.clone() for layer, name, buffer in statistics(model)}
+        reached = leaves_of([run([views[0][:2]])])
+        moved = {layer for layer, name, buffer in statistics(model) if not torch.equal(buffer, before[layer, name])}
+    preds = [part for whole in found for part in torch.split(whole, rows)]
+    return _Look(preds, images, usual and not drawn, reached, moved)
+
+
+@torch.no_grad()
+def _blind_to_lengths(observed: Observed) -> bool:
+    repeat, pred, target = observed.any_similarity, observed.preds[0].detach(), observed.targets[0]
+    return torch.allclose(repeat(F.normalize(pred, dim=1), target), repeat(pred, target), rtol=1e-2, atol=1e-3)
+
+
+def _known(images: list[Tensor], fed: list[Tensor]) -> list[bool]:
+    """Which of the images are among those that the step gave the backbone."""
+    joined = [torch.cat([x for x in fed if x.shape[1:] == shape]) for shape in {x.shape[1:] for x in fed}]
+    return [any(_equal(x, block) for whole in (*fed, *joined) for block in _blocks(whole, len(x))) for x in images]
 
 
 def _around(model: nn.Module, name: str) -> set[int]:
