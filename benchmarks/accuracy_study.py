@@ -95,6 +95,8 @@ STAGES = [
     # On seeds that had no part in suggesting it.
     ("imagenette", "moco-both", [MAIN[1], "cosine, annealed, ratio 0.3"], [7, 8], 60),
     ("collages", "moco-both", ["cosine, annealed, ratio 0.3"], [3, 4, 5], 11),
+    # There it is ahead of 2 crops, too: at the end of a longer schedule as well?
+    ("collages", "moco-both", [*MAIN[:2], "cosine, annealed, ratio 0.3"], [3, 4, 5], 60),
     # Does BYOL with a predictor shared by both kinds of crops fall behind after long training?
     ("imagenette", "byol", ["multi-crop", "local predictor"], [0], 200),
     # The official release's own weighting, which the main table still lacks.
