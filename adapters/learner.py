@@ -129,7 +129,8 @@ class LoGoLearner(nn.Module):
                 "repulsion, affinity=None."
             )
         if learns and self.target is not None:
-            online = [*self.backbone.parameters(), *self.projector.parameters()]
+            # Not [*a, *b], which torch 2.4 does not compile behind a graph break.
+            online = list(self.backbone.parameters()) + list(self.projector.parameters())
             _check_sharding(self, online)
             self._warn_of_half_precision(online)
             for old, new in zip(self.target.parameters(), online, strict=True):
