@@ -109,7 +109,7 @@ def _logo_step(
         with torch.no_grad():
             targets = [_call_option(model, "target", view) for view in global_views]
     methods = methods_of(model, heads)
-    before_local = {(layer, name): buffer.clone() for layer, name, buffer in statistics(model) if new}
+    before_local = {(layer, name): buffer.clone() for layer, name, buffer in statistics(model)} if new else {}
     with local_forwards(
         model,
         backbone,
