@@ -95,9 +95,10 @@ def test_a_stream_moves_it_with_the_epochs():
 
 @pytest.mark.parametrize("epochs", [-1, 1000])
 def test_max_time_ends_it(epochs):
-    seen, _ = fit(wrap(hosts.BYOL()), max_epochs=epochs, max_time={"seconds": 3})
+    seen, _ = fit(wrap(hosts.BYOL()), max_epochs=epochs, max_time={"seconds": 5})
+    assert seen[0] > 0.9
     assert seen == sorted(seen, reverse=True)
-    assert seen[-1] < 0.5
+    assert seen[-1] < 0.2
 
 
 def test_goes_on_where_it_was(tmp_path):

@@ -1100,6 +1100,10 @@ class TestLightning:
             class Nothing(base):
                 pass
 
+    def test_a_copy_knows_its_options(self):
+        copied = copy.deepcopy(wrap(SimSiam(), affinity=None, reduction="sum"))
+        assert type(copied)().logo.reduction == "sum"
+
     def test_a_step_without_batch_idx(self):
         class Short(SimSiam):
             def training_step(self, batch):

@@ -196,7 +196,7 @@ class LoGoModel(nn.Module):
         found: Any = sys.modules.get(cls.__module__)
         for name in cls.__qualname__.split("."):
             found = getattr(found, name, None)
-        return reduced if found is cls else (_unpickle, (mixin_of(cls), self._logo_base), *reduced[2:])
+        return reduced if found is cls else (_new, (_Kind(cls),), *reduced[2:])
 
 
 def attach(x: Any, mixin: type[LoGoModel], settings: Settings, options: dict[str, Any], preset: str | None) -> Any:
@@ -278,6 +278,22 @@ def _subclass(mixin: type[LoGoModel], base: type[nn.Module], config: tuple[Setti
     return cls
 
 
-def _unpickle(mixin: type[LoGoModel], base: type[nn.Module]) -> Any:
-    cls = _subclass(mixin, base, (Settings(), {}))
-    return cls.__new__(cls)
+class _Kind:
+    """A wrapped class: a copy of a model has the same one, a pickled model gets one made of the user's class."""
+
+    def __init__(self, cls: Any) -> None:
+        self.cls = cls
+
+    def __deepcopy__(self, _: Any) -> "_Kind":
+        return self
+
+    def __reduce__(self) -> Any:
+        return _kind_of, (mixin_of(self.cls), self.cls._logo_base)
+
+
+def _kind_of(mixin: type[LoGoModel], base: type[nn.Module]) -> _Kind:
+    return _Kind(_subclass(mixin, base, (Settings(), {})))
+
+
+def _new(kind: _Kind) -> Any:
+    return kind.cls.__new__(kind.cls)
