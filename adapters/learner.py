@@ -19,6 +19,7 @@ from logo_plugin.checks import choice, flag, positive_integer, unknown_option, v
 from logo_plugin.compiling import with_gradients_inside
 from logo_plugin.losses import LoGoLoss, LoGoTerms, info_nce
 from logo_plugin.modes import eval_mode
+from logo_plugin.presets import with_queue
 from logo_plugin.recomputing import local_forwards
 
 _BELOW = {"momentum": 1.0, "temperature": math.inf}
@@ -44,9 +45,9 @@ class LoGoLearner(nn.Module):
         method: "byol", "simsiam" or "moco".
         image_size: Sides of the global and local crops, one of each forwarded here in eval mode to find F.
         global_crops: How many of the views are global; they come first.
-        affinity: "cosine" (`LoGoLoss`); "learned" builds the paper's `Affinity(output_dim)`; a module; or None for
-            plain multi-crop. With "cosine" the loop calls `learner.criterion.anneal(steps done / steps in all)` before
-            each step, unless `anneal_repulsion=False`.
+        affinity: "cosine" (`LoGoLoss`; with "moco" at `gradient_ratio=0.3`); "learned" builds the paper's
+            `Affinity(output_dim)`; a module; or None for plain multi-crop. With "cosine" the loop calls
+            `learner.criterion.anneal(steps done / steps in all)` before each step, unless `anneal_repulsion=False`.
         checkpoint_local_crops: Compute what the backbone keeps of local crops again in backward, instead of
             keeping it: memory of the global crops alone, time of one forward more per local crop.
         local_running_stats: Whether local crops move BatchNorm's running statistics, which evaluation reads.
@@ -105,7 +106,7 @@ class LoGoLearner(nn.Module):
         self.criterion = LoGoLoss(
             affinity=Affinity(width) if affinity == "learned" else affinity,  # type: ignore[arg-type]
             similarity=info_nce if moco else "cosine",
-            **options,
+            **with_queue(options, affinity) if moco else options,
         )
         self.terms: LoGoTerms | None = None
         self._warned = False

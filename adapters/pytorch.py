@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from logo_plugin.checks import views_alone
 from logo_plugin.crops import DeferredViews
-from logo_plugin.observing import is_symmetric, on_a_copy
+from logo_plugin.observing import has_queue, is_symmetric, on_a_copy
 from logo_plugin.online import Heads, Method, Source, run_online, width
 from logo_plugin.stepping import logo_step, methods_of
 from logo_plugin.wrapped import Settings, Step, resolve
@@ -66,8 +66,7 @@ class PlainModel(LightlyModel):
 def _known_step(model: PlainModel, settings: Settings, criterion: nn.Module, heads: Heads) -> Step:
     if takes_two_views(model):
         return _two_view_step
-    bank = getattr(getattr(criterion, "memory_bank", None), "size", (0,))[0] > 0
-    target, kind = _target(model, settings), "bank" if bank else _kind(criterion, heads)
+    target, kind = _target(model, settings), "bank" if has_queue(criterion) else _kind(criterion, heads)
     parts = (kind, heads.predictor is not None, target is not None)
     known: dict[Any, Step] = {
         ("similarity", True, True): _prediction_step,  # BYOL

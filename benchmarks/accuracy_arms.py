@@ -61,7 +61,7 @@ ARMS |= {
     "layer norm, unit z": ({**STRONG, "affinity": partial(UnitAffinity, 128, norm="layer")}, {}),
     "logit": ({**STRONG, "repulsion": "logit"}, {}),
     "cosine": ({**STRONG, **COSINE}, {}),
-    "cosine, annealed": ({}, {}),  # the default: to nothing, as the learning rate does
+    "cosine, annealed": ({"gradient_ratio": 0.1}, {}),  # to nothing, as the learning rate does
     "attraction": ({**STRONG, "affinity": Attraction}, {}),
     "no noise": ({**STRONG, "positive_noise": 0.0}, {}),
     "noise 1": ({**STRONG, "positive_noise": 1.0}, {}),

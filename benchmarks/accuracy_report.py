@@ -40,14 +40,19 @@ COLOURS = {
 MAIN = tuple(COLOURS)
 # Whose pairs are one sample: both have momentum, and seeds that lie close. SimSiam's differ several times as much.
 POOLED = ("byol", "moco-both")
+# The arm that has LoGo's own defaults: the annealed cosine, stronger beside a queue of negatives.
+LOGO = "LoGo's default"
+DEFAULTS = {"byol": "cosine, annealed", "simsiam": "cosine, annealed", "moco-both": "cosine, annealed, ratio 0.3"}
 FIRST = (  # the pairs of the first table
-    ("cosine, annealed", "2 crops, equal compute"),
+    (LOGO, "2 crops, equal compute"),
     ("multi-crop", "2 crops, equal compute"),
-    ("cosine, annealed", "multi-crop"),
+    (LOGO, "multi-crop"),
     ("learned affinity", "multi-crop"),
 )
 PAIRS = (
     *FIRST,
+    ("cosine, annealed", "2 crops, equal compute"),
+    ("cosine, annealed", "multi-crop"),
     ("multi-crop", "2 crops, equal seconds"),
     ("multi-crop", "2 crops, equal compute, lr x 2"),
     ("learned affinity", "2 crops, equal compute"),
@@ -220,12 +225,17 @@ def table(runs, columns):
 
 def paired(runs, method, arm, base, what="knn"):
     """The arm's differences to the base, of the seeds that both have."""
+    arm = DEFAULTS.get(method) if arm == LOGO else arm
     mine, reference = runs.get((method, arm), {}), runs.get((method, base), {})
     return [mine[s]["final"][what] - reference[s]["final"][what] for s in sorted(mine.keys() & reference.keys())]
 
 
 def comparisons(runs, columns, pairs=PAIRS, each=True):
-    """What the main arms differ by, method by method (of `POOLED` only if `each`), and over `POOLED` as one sample."""
+    """What the main arms differ by, method by method, and over `POOLED` as one sample.
+
+    Without `each` the methods of `POOLED` have no lines of their own; with it `LOGO` has none but there, since by
+    method it is one of the arms.
+    """
     columns, rows = present(runs, columns), []
     methods = list(dict.fromkeys(method for method, _ in runs))
     alone = [method for method in methods if each or method not in POOLED]
@@ -234,7 +244,7 @@ def comparisons(runs, columns, pairs=PAIRS, each=True):
     for name, of in (single | groups if each else groups | single).items():
         for arm, base in pairs:
             having = [method for method in of if paired(runs, method, arm, base)]
-            if len(having) > (name in groups):
+            if len(having) > (name in groups) and not (each and arm == LOGO and name in single):
                 cells = [[v for m in having for v in paired(runs, m, arm, base, column)] for column in columns]
                 rows.append([name, f"{arm} minus {base}", str(len(cells[0])), *map(cell, cells)])
     return markdown(["method", "difference", "seeds", *columns], rows)

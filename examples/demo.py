@@ -222,7 +222,7 @@ def main():
     parser.add_argument("--data", type=Path, help="your images, one subfolder per class")
     parser.add_argument("--seconds", type=float, default=55, help="training time of each arm")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--gradient-ratio", type=float, default=0.1, help="strength of the repulsion at the start")
+    parser.add_argument("--gradient-ratio", type=float, help="strength of the repulsion at the start")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     parser.add_argument("--resume", action="store_true", help="continue where an interrupted run stopped")

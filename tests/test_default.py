@@ -7,7 +7,7 @@ import hosts
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightly.loss import NegativeCosineSimilarity
+from lightly.loss import NegativeCosineSimilarity, NTXentLoss
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from torchvision.datasets import FakeData
@@ -67,9 +67,38 @@ def test_the_line(cls):
         seen, _ = fit(models[-1], max_epochs=1)
         assert seen == (half_cosine(range(3), of=3) if not options else [1, 1, 1])
     model, other = models
-    assert (model.logo.gradient_ratio, model.logo.anneal_repulsion) == (0.1, True)
+    ratio = 0.3 if cls is hosts.MoCo else 0.1
+    assert (model.logo.gradient_ratio, model.logo.anneal_repulsion) == (ratio, True)
     assert model.state_dict().keys() == cls().state_dict().keys()
     assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def ratios(make, **arguments):
+    """What an option of any method turns out as: a strength that was given is never another one."""
+    options = [{}, {"gradient_ratio": 0.2}, {"gradient_ratio": 0.0}, {"local_weight": 0.2}, {"affinity": None}]
+    made = [make(**arguments, **given) for given in [*options, {"affinity": "learned"}]]
+    return [getattr(one, "logo", None) or one.criterion for one in made]
+
+
+@pytest.mark.parametrize("usual", [0.1, 0.3])
+@pytest.mark.parametrize("kind", ["lightly", "plain", "learner"])
+def test_beside_a_queue_of_negatives_it_is_stronger(kind, usual):
+    if kind == "learner":
+        sizes = {"image_size": (24, 16), "hidden_dim": 16, "output_dim": 16}
+        sizes |= {"queue_size": 16} if usual == 0.3 else {"predictor_dim": 8}
+        net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        found = ratios(lambda **o: LoGoLearner(net, "moco" if usual == 0.3 else "byol", **sizes, **o))
+    elif kind == "plain":
+        plain, criterion = hosts.PlainBYOL, NegativeCosineSimilarity()
+        if usual == 0.3:
+            plain, criterion = hosts.PlainMoCo, NTXentLoss(memory_bank_size=(64, 16))
+        found = ratios(lambda **o: wrap(plain(), **o), criterion=criterion)
+    else:
+        found = ratios(
+            lambda **o: wrap(hosts.MoCo if usual == 0.3 else hosts.SimCLR, **o)()
+        )  # SimCLR's bank has no size
+    assert [one.gradient_ratio for one in found] == [usual, 0.2, 0.0, None, None, None]
+    assert [one.local_weight for one in found[3:]] == [0.2, 1e-4, 1e-4]
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,17 @@ def test_bad_options_beside_the_default(logo, message):
 @pytest.mark.parametrize(
     ("method", "logo", "affinity", "ratio", "anneal"),
     [
-        *((method, None, "cosine", 0.1, True) for method in METHODS if method not in HIDDEN_PROJECTION),
+        *(
+            (method, None, "cosine", 0.1, True)
+            for method in METHODS
+            if method not in ("mocov2plus", *HIDDEN_PROJECTION)
+        ),
+        ("mocov2plus", None, "cosine", 0.3, True),
+        ("mocov2plus", {"gradient_ratio": 0.1}, "cosine", 0.1, True),
+        ("mocov2plus", {"local_weight": 0.5}, "cosine", None, True),
+        ("mocov2plus", {"preset": "release"}, "learned", 0.015, False),
+        ("mocov2plus", {"affinity": "learned"}, "learned", None, False),
+        ("mocov2plus", {"affinity": False}, False, None, False),
         *((method, None, False, None, False) for method in HIDDEN_PROJECTION),
         *((method, {"local_weight": 0.5}, "cosine", None, True) for method in ("byol", *HIDDEN_PROJECTION)),
         *((method, {"preset": "paper"}, "learned", None, False) for method in ("byol", *HIDDEN_PROJECTION)),

@@ -248,6 +248,11 @@ class TestOptimizers:
         z = model.logo_local_proj
         torch.testing.assert_close(model.logo_terms.local_local, nn.functional.cosine_similarity(*z).mean())
 
+    @pytest.mark.parametrize("name", CASES)
+    def test_the_default_is_stronger_beside_a_queue_of_negatives(self, name):
+        assert logo_plugin.wrap(stable_hosts.host(name)).logo.gradient_ratio == (0.3 if name == "MoCov2" else 0.1)
+        assert logo_plugin.wrap(stable_hosts.host(name), gradient_ratio=0.2).logo.gradient_ratio == 0.2
+
     def test_a_local_predictor_joins_the_predictor(self):
         model = wrap(stable_hosts.module("byol"), local_predictor=True)
         weight = model.logo_local_predictor[0].weight.detach().clone()

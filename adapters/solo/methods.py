@@ -104,19 +104,21 @@ def _logo_class(method: type, outputs: Outputs, *mixins: type, module: str | Non
     return type(f"LoGo{method.__name__}", (*mixins, LoGo, method, Capture), namespace)
 
 
-def _known(method: type, *outputs: Any, mixins: tuple[type, ...] = ()) -> Any:
-    KNOWN[method] = _logo_class(method, Outputs(*outputs), *mixins, module=__name__)
+def _known(method: type, *outputs: Any, mixins: tuple[type, ...] = (), **flags: Any) -> Any:
+    KNOWN[method] = _logo_class(method, Outputs(*outputs)._replace(**flags), *mixins, module=__name__)
     return KNOWN[method]
 
 
-# prediction, target, projection, scale, similarity, and whether the projection is not what gives the prediction
+# prediction, target, projection, scale and similarity
 LoGoBYOL = _known(methods.BYOL, "p", "momentum_z", "z", 2.0, similarities.byol)
 LoGoSimSiam = _known(methods.SimSiam, "p", "z", "z", 1.0, similarities.simsiam)
-LoGoMoCoV2Plus = _known(methods.MoCoV2Plus, "z", "momentum_z", "z", 1.0, similarities.mocov2plus)
+LoGoMoCoV2Plus = _known(methods.MoCoV2Plus, "z", "momentum_z", "z", 1.0, similarities.mocov2plus, queue=True)
 LoGoMoCoV3 = _known(methods.MoCoV3, "q", "momentum_k", "z", 2.0, similarities.mocov3)
 LoGoNNBYOL = _known(methods.NNBYOL, "p", "neighbours", "z", 2.0, similarities.byol, mixins=(Neighbours,))
-LoGoNNSiam = _known(methods.NNSiam, "p", "neighbours", "z", 1.0, similarities.simsiam, True, mixins=(Neighbours,))
-LoGoNNCLR = _known(methods.NNCLR, "p", "neighbours", "z", 1.0, similarities.nnclr, True, mixins=(Neighbours,))
+LoGoNNSiam = _known(
+    methods.NNSiam, "p", "neighbours", "z", 1.0, similarities.simsiam, hidden=True, mixins=(Neighbours,)
+)
+LoGoNNCLR = _known(methods.NNCLR, "p", "neighbours", "z", 1.0, similarities.nnclr, hidden=True, mixins=(Neighbours,))
 # Of two sides with gradient one is the prediction of local crops, the other their target.
 LoGoSimCLR = _known(methods.SimCLR, "z", "z", "z", 1.0, similarities.simclr)
 LoGoBarlowTwins = _known(methods.BarlowTwins, "z", "z", "z", 1.0, similarities.barlow_twins)

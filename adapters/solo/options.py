@@ -10,6 +10,7 @@ from torch import nn
 from logo_plugin.checks import choice, positive_integer, unknown_option
 from logo_plugin.losses import PRESETS, LoGoLoss, with_preset
 from logo_plugin.placement import PLACEMENTS
+from logo_plugin.presets import with_queue
 
 # Of the local crops that are added to a config without any. None of size: as `crops.py` has it for the global ones'.
 LOCAL: dict[str, Any] = {"local_crops": 2, "local_size": None, "local_scale": (0.05, 0.4)}
@@ -60,12 +61,13 @@ _IDLE: list[tuple[str, _Setting, tuple[str, ...]]] = [
 ]
 
 
-def checked(given: Any, *, hidden: bool = False) -> dict[str, Any]:
+def checked(given: Any, *, hidden: bool = False, queue: bool = False) -> dict[str, Any]:
     """All options, each as given, as the preset has it, or at its default.
 
     Args:
         given: The mapping of the config, if it has one.
         hidden: The method hides how a prediction comes from the projection, which `gradient_ratio` has to know.
+        queue: The method compares with a queue of negatives.
 
     Raises:
         ValueError: If one is unknown, out of its range, or has no effect beside another one.
@@ -96,7 +98,8 @@ def checked(given: Any, *, hidden: bool = False) -> dict[str, Any]:
         _refuse_idle(options)
         # A module stands in for what is built later.
         scorer = nn.CosineSimilarity() if options["affinity"] == "learned" else options["affinity"] or None
-        made = LoGoLoss(affinity=scorer, **{name: options[name] for name in options if name not in OWN})
+        core = {name: options[name] for name in options if name not in OWN}
+        made = LoGoLoss(affinity=scorer, **with_queue(core, scorer) if queue else core)
         # The cosine has defaults of its own.
         options |= {"gradient_ratio": made.gradient_ratio, "anneal_repulsion": made.anneal_repulsion}
     except ValueError as error:

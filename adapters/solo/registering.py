@@ -56,7 +56,7 @@ def _after_check(stock: Callable[[DictConfig], DictConfig], cfg: DictConfig) -> 
     host = methods.METHODS.get(method.removeprefix("logo_"))
     given = OmegaConf.select(cfg, "method_kwargs.logo")
     if isinstance(cls, type) and issubclass(cls, LoGo):
-        options = checked(given, hidden=cls.outputs.hidden)
+        options = checked(given, hidden=cls.outputs.hidden, queue=cls.outputs.queue)
         add_local_crops(cfg, options)
         check_config(cfg, affinity=bool(options["affinity"]))
         check_format(cfg)

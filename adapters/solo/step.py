@@ -25,7 +25,8 @@ from logo_plugin.recomputing import local_forwards
 class Outputs(NamedTuple):
     """As in `wrap`, but `similarity` takes the model and the batch's indexes before each step.
 
-    It gives one loss, or one for each target. `hidden`: the prediction is not computed from `proj` itself.
+    It gives one loss, or one for each target. `hidden`: the prediction is not computed from `proj` itself. `queue`: the
+    loss compares with a queue of negatives.
     """
 
     pred: str
@@ -34,6 +35,7 @@ class Outputs(NamedTuple):
     scale: float
     similarity: Callable[[Any, Tensor], Similarity | list[Similarity]]
     hidden: bool = False
+    queue: bool = False
 
 
 class LoGo(BaseMethod):
@@ -72,7 +74,7 @@ class LoGo(BaseMethod):
     def add_and_assert_specific_cfg(cls, cfg: DictConfig) -> DictConfig:
         """Adds and checks `method_kwargs.logo`, and puts what it says into the run's name."""
         cfg = super().add_and_assert_specific_cfg(cfg)
-        options = checked(cfg.method_kwargs.get("logo"), hidden=cls.outputs.hidden)
+        options = checked(cfg.method_kwargs.get("logo"), hidden=cls.outputs.hidden, queue=cls.outputs.queue)
         if cls.outputs.hidden:
             refuse_ratio(options, cfg.method)
         cfg.method_kwargs.logo = options

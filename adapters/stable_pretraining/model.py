@@ -84,6 +84,10 @@ class StableModel(LoGoModel):
         backbone = super().find_backbone(heads)
         return backbone and _student(backbone)
 
+    def has_queue(self, criterion: nn.Module | None) -> bool:
+        """As usual, and where the queue is the method's own."""
+        return method_of(type(self)) == "MoCov2" or super().has_queue(criterion)
+
     def find_criterion(self) -> str | None:
         """The loss module of the forwards and classes; None for a class that has none."""
         if method_of(type(self)) in WRITTEN_OUT:

@@ -58,9 +58,10 @@ class LoGoLoss(nn.Module):
         local_weight: lambda, the fixed weight of local_local (default 1e-4, the paper's for SimSiam).
         gradient_ratio: Instead of a fixed weight, scale local_local so that the norm of its gradient
             at `local_proj` is at most this fraction of the similarity's (the release: 0.015, taken
-            there on the encoder's gradient). It takes that gradient in `forward`, which under
-            `torch.compile` is a graph break: `fullgraph=True` needs a fixed weight. Where gradients are off there is
-            none to take, and `total` goes without the repulsion.
+            there on the encoder's gradient). The adapters have 0.3 in place of the cosine's 0.1 for methods with a
+            queue of negatives (MoCo). It takes that gradient in `forward`, which under `torch.compile` is a graph
+            break: `fullgraph=True` needs a fixed weight. Where gradients are off there is none to take, and `total`
+            goes without the repulsion.
         anneal_repulsion: Let the repulsion fall to nothing over the training: its weight, or the gradient ratio, is
             multiplied by (1 + cos(pi * progress)) / 2, the half cosine of learning rate schedules. `anneal` says how
             far the training is; Lightning's Trainer says it by itself. None: True with "cosine", else False.

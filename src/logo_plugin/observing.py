@@ -91,6 +91,13 @@ class Observed(NamedTuple):
         return self.similarity[0] if isinstance(self.similarity, list) else self.similarity
 
 
+def has_queue(criterion: nn.Module | None) -> bool:
+    """Whether a criterion keeps negatives, as lightly's NTXentLoss does for MoCo."""
+    bank = getattr(criterion, "memory_bank", None)
+    size = getattr(bank, "size", None)
+    return isinstance(bank, nn.Module) and isinstance(size, tuple) and size[0] > 0
+
+
 @contextmanager
 def watch(criterion: nn.Module) -> Iterator[Watched]:
     """While it lasts, the criterion's calls are recorded."""

@@ -31,6 +31,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# The usual strength of the repelled cosine beside a queue of negatives, which keep images apart; else it is LoGoLoss's.
+QUEUE_RATIO = 0.3
+
+
+def with_queue(options: Mapping[str, Any], affinity: object) -> dict[str, Any]:
+    """Arguments of `LoGoLoss` for a method with a queue of negatives (MoCo): `QUEUE_RATIO` unless a strength is given.
+
+    Args:
+        options: What was given, a preset's included; None counts as not given.
+        affinity: The argument of that name. Only the cosine's strength depends on the method.
+    """
+    told = any(options.get(strength) is not None for strength in ("local_weight", "gradient_ratio"))
+    return {**options} if told or affinity != "cosine" else {**options, "gradient_ratio": QUEUE_RATIO}
+
 
 def with_preset(name: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `LoGoLoss`: the given ones over those of a preset.

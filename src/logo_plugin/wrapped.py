@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from logo_plugin.affinity import Affinity
 from logo_plugin.checks import flag, positive_integer
 from logo_plugin.losses import LoGoLoss, LoGoTerms, with_preset
-from logo_plugin.observing import Observed, read, watch
+from logo_plugin.observing import Observed, has_queue, read, watch
 from logo_plugin.online import Heads, Method, Names, Outputs, Source, composed, find_heads, width
+from logo_plugin.presets import with_queue
 
 Step = Callable[[Any, list[Tensor]], Tensor]
 
@@ -101,6 +102,8 @@ class LoGoModel(nn.Module):
                 f"{' / '.join(self.logo_names.predictor)}. Methods without a predictor, such as MoCo v2 and SimCLR, go "
                 "without the option."
             )
+        if self.has_queue(criterion):
+            options = with_queue(options, affinity)
         logo = LoGoLoss(affinity=affinity, **options)  # type: ignore[arg-type]
         self.logo_local_predictor = copy.deepcopy(heads.predictor) if settings.local_predictor else None
         self.logo = logo.to(next(self.parameters()).device)
@@ -133,6 +136,10 @@ class LoGoModel(nn.Module):
 
     def check_criterion(self, criterion: nn.Module) -> None:
         """Refuses, when wrapping, a criterion that the host's adapter knows to be none for LoGo."""
+
+    def has_queue(self, criterion: nn.Module | None) -> bool:
+        """Whether the host's loss compares with a queue of negatives (MoCo)."""
+        return has_queue(criterion)
 
     @contextmanager
     def watch_step(self, heads: Heads, outputs: Outputs) -> Iterator[Callable[[Tensor], Observed | None]]:

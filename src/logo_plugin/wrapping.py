@@ -63,7 +63,7 @@ def wrap(
             `Affinity` for the projector's width; a module, of which each model of a class has a copy; None repels
             nothing, plain multi-crop. "auto" is "learned" with a preset, else "cosine".
         local_weight: As the next eight, an option of `LoGoLoss`; None leaves it at its default.
-        gradient_ratio: See `LoGoLoss`.
+        gradient_ratio: See `LoGoLoss`. The cosine's is 0.3 where the criterion has a memory bank (MoCo).
         anneal_repulsion: See `LoGoLoss`. A LightningModule's Trainer says how far the training is; a plain loop calls
             `model.logo.anneal(steps done / steps in all)` before each step.
         local_global_weight: See `LoGoLoss`.
