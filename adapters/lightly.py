@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from logo_plugin.crops import CropBoxes, DeferredViews
-from logo_plugin.observing import Observed
+from logo_plugin.observing import OF_LABELS, Observed
 from logo_plugin.online import Heads, Method, Names, Outputs
 from logo_plugin.refusals import DENSE, OWN_MULTI_CROP, refuse
 from logo_plugin.similarities import negative_cosine
@@ -56,7 +56,7 @@ class LightlyModel(LoGoModel):
         for name in losses:
             self.check_criterion(getattr(self, name))
         own = getattr(self, "criterion", None)
-        if losses and isinstance(own, nn.Module) and not type(own).__module__.startswith(("lightly.loss", "torch.nn")):
+        if losses and "criterion" not in losses and isinstance(own, nn.Module) and not isinstance(own, OF_LABELS):
             losses = ["criterion", *losses]
         if len(losses) > 1:
             raise ValueError(

@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from hosts import wrap_learned as wrap
-from lightly.loss import NegativeCosineSimilarity, NTXentLoss, VICRegLoss
+from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, NTXentLoss, VICRegLoss
 from lightly.models.modules import NNMemoryBankModule
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -663,6 +663,73 @@ class PreparedOne(SimSiam):
         return super().training_step([[x0, x1.sign() * x1.abs().sqrt()], *batch[1:]], batch_idx)
 
 
+class Neck(OnlyParts):
+    """A trained layer between backbone and projector, which no method of the model runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.neck = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU())
+
+    def both(self, x):
+        z = self.projection_head(self.neck(self.backbone(x).flatten(1)))
+        return z, self.prediction_head(z)
+
+
+class OtherName(SimSiam):
+    """Its backbone has another name, and is given the images by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.ModuleList([self.backbone])
+        self.net, self.encoder.forward = self.encoder, lambda pixel_values: self.encoder[0](pixel_values)
+        del self.backbone
+
+    def both(self, x):
+        z = self.projection_head(self.net(pixel_values=x).flatten(1))
+        return z, self.prediction_head(z)
+
+
+class PreparedOtherName(OtherName, Prepared):
+    pass
+
+
+class PreparedOneOtherName(OtherName, PreparedOne):
+    pass
+
+
+class Mixed(SimSiam):
+    """Un-Mix (https://arxiv.org/abs/2003.05438): the prediction of two mixed images has the targets of both."""
+
+    def training_step(self, batch, batch_idx):
+        (z0, p0), (z1, p1) = map(self.both, batch[0])
+        pm = self.both(0.7 * batch[0][0] + 0.3 * batch[0][0].flip(0))[1]
+        mixed = 0.7 * self.criterion(pm, z1.detach()) + 0.3 * self.criterion(pm, z1.detach().flip(0))
+        return 0.5 * (self.criterion(p0, z1.detach()) + self.criterion(p1, z0.detach())) + mixed
+
+
+class MoreImages(SimSiam):
+    """Those of a second data set."""
+
+    def training_step(self, batch, batch_idx):
+        others = [x.flip(3).roll(1, 0) for x in batch[0]]
+        return super().training_step(batch, batch_idx) + super().training_step([others], batch_idx)
+
+
+class Contrast(nn.Module):
+    def forward(self, first, second):
+        return F.cross_entropy(F.normalize(first, dim=1) @ F.normalize(second, dim=1).T, torch.arange(len(first)))
+
+
+class TwoLosses(SimSiam):
+    def __init__(self):
+        super().__init__()
+        self.contrast = Contrast()
+
+    def training_step(self, batch, batch_idx):
+        z0, z1 = (self.both(x)[0] for x in batch[0])
+        return 0.1 * super().training_step(batch, batch_idx) + self.contrast(z0, z1)
+
+
 class Scaled(SimSiam):
     """By what is 1 at first, so that predictions are the predictor's."""
 
@@ -780,6 +847,14 @@ class PredictsInTheLoss(SimSiam):
         (PreparedInTheList, "What the step itself does to images"),
         (PreparedOne, "gives the backbone other images .* What the step itself does to images"),
         (Scaled, "local crops would not go through gamma of Scaled"),
+        (Neck, "gives the criterion something else for global crops than backbone, projector"),
+        (dropping(Neck), r"local crops would not go through neck\..* name with online="),
+        (PreparedOtherName, "What the step itself does to images"),
+        (dropping(PreparedOtherName), "gives the backbone other images .* What the step itself does to images"),
+        (PreparedOneOtherName, "gives the backbone other images .* What the step itself does to images"),
+        (Mixed, "predicts of other images than the global crops, too, .* with target="),
+        (MoreImages, "predicts of other images than the global crops, too, .* with target="),
+        (TwoLosses, r"other losses of two tensors \(N, D\), too \(contrast\).* with criterion="),
         (dropping(Detached), r"local crops would train backbone.* does not train with this loss"),
         (DetachedRotated, r"local crops would train backbone.* does not train with this loss"),
         (Detached, r"local crops would train backbone.* does not train with this loss \(no_grad, detach\)"),
@@ -1005,12 +1080,39 @@ class GivesTheTemperature(SimSiam):
         return 0.5 * (first + second)
 
 
+class SoftLabels(SimSiam):
+    """A probe on features that are trained, too: a loss of (N, C) and (N, C), but of labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.probe, self.probe_loss = nn.Linear(10, 4), nn.CrossEntropyLoss()
+
+    def training_step(self, batch, batch_idx):
+        labels = F.one_hot(batch[1], 4).float()
+        supervised = self.probe_loss(self.probe(self.both(batch[0][0])[0]), 0.9 * labels + 0.025)
+        return super().training_step(batch, batch_idx) + supervised
+
+
+class LossOfFeatures(SimSiam):
+    """A second loss that never reaches the projector."""
+
+    def __init__(self):
+        super().__init__()
+        self.probe, self.probe_loss = nn.Linear(8, 4), nn.MSELoss()
+
+    def training_step(self, batch, batch_idx):
+        features = self.backbone(batch[0][0]).flatten(1)
+        own = self.probe_loss(self.probe(features.detach()), F.one_hot(batch[1], 4).float())
+        return super().training_step(batch, batch_idx) + own
+
+
 @pytest.mark.parametrize(
     "model",
     [
         *(Dropped, SkippedLayer, BySize, HalfHeads, MoreInTheBatch, CheckpointedBackbone, KeepsItself, AnyArguments),
         *(Rotated, dropping(SimSiam), dropping(Rotated), AugmentsInForward, GivesTheTemperature),
         *(FlipsSomeBatches, LeavesLayersOut, ExpertBackbone, InSmallParts, KeepsOddThings),
+        *(OtherName, dropping(OtherName), SoftLabels, LossOfFeatures),
     ],
 )
 def test_no_reason_to_refuse(model):
@@ -1191,6 +1293,102 @@ def slow_by_hand(model, views):
     (t0, p0), (t1, p1) = map(model, views[:2])
     mean = (cosine(p0, t1) + cosine(p1, t0)) / 2
     return mean, 1.0, mean, 2, [model.both(view)[1] for view in views[2:]], [t0, t1], cosine
+
+
+class PlainNet(nn.Module):
+    """`last` stands for what a loop's forward makes of a head's output."""
+
+    def __init__(self, last, predictor=False):
+        super().__init__()
+        self.backbone, self.projector, self.last = conv(), mlp(8, 10), last
+        if predictor:
+            self.predictor = mlp(10, 10)
+
+    def forward(self, x):
+        z = self.projector(self.backbone(x).flatten(1))
+        return (z.detach(), self.last(z, self.predictor(z))) if hasattr(self, "predictor") else self.last(z)
+
+
+class Unit(nn.Module):
+    def forward(self, z):
+        return F.normalize(z, dim=1)
+
+
+class Sum(nn.Module):
+    def forward(self, z, p):
+        return z + p
+
+
+def test_a_plain_loop_is_given_what_forward_gives():
+    """Also by criterions to which the length of a projection means something."""
+    for criterion in (BarlowTwinsLoss(), VICRegLoss(), NTXentLoss()):
+        torch.manual_seed(0)
+        host, views = PlainNet(Unit()), batch()[0]
+        model = wrap(copy.deepcopy(host), criterion=criterion, affinity=None, local_global_weight=0)
+        for _ in range(2):
+            torch.testing.assert_close(model(views), criterion(host(views[0]), host(views[1])))
+
+
+@pytest.mark.parametrize(
+    ("net", "criterion"),
+    [
+        (lambda: PlainNet(nn.Linear(10, 6)), NTXentLoss()),
+        (lambda: PlainNet(nn.Linear(10, 10)), VICRegLoss()),
+        (lambda: PlainNet(Sum(), predictor=True), NegativeCosineSimilarity()),
+    ],
+)
+def test_a_plain_loop_whose_forward_goes_on_after_the_heads(net, criterion):
+    torch.manual_seed(0)
+    host, views = net(), batch()[0]
+    model = wrap(copy.deepcopy(host), criterion=criterion)
+    with pytest.raises(RuntimeError, match=r"something else than the output of the .*with online="):
+        model(views)
+    off = {"affinity": None, "local_global_weight": 0}
+    loss = wrap(copy.deepcopy(host), criterion=criterion, online="forward", **off)(views)
+    (first, second), symmetric = (host(view) for view in views[:2]), not isinstance(host.last, Sum)
+    if not symmetric:
+        expected = (criterion(first[1], second[0]) + criterion(second[1], first[0])) / 2
+    torch.testing.assert_close(loss, criterion(first, second) if symmetric else expected)
+
+
+def test_a_probe_with_batch_norm_in_forward():
+    """LoGo gives the statistics of layers that local crops train nothing in back, and backward still goes."""
+
+    class Probed(SimSiam):
+        def __init__(self):
+            super().__init__()
+            self.probe = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 4))
+
+        def forward(self, x):
+            h = self.backbone(x).flatten(1)
+            z = self.projection_head(h)
+            return self.probe(h.detach()), z.detach(), self.prediction_head(z)
+
+        def training_step(self, batch, batch_idx):
+            (l0, z0, p0), (l1, z1, p1) = map(self, batch[0])
+            own = F.cross_entropy(l0, batch[1]) + F.cross_entropy(l1, batch[1])
+            return 0.5 * (self.criterion(p0, z1) + self.criterion(p1, z0)) + own
+
+    torch.manual_seed(0)
+    host, views = Probed(), batch()[0]
+    wrapped = wrap(copy.deepcopy(host), affinity=None)
+    for _ in range(2):
+        host.training_step([views[:2], batch()[1]], 0).backward()
+        wrapped.training_step(batch(), 0).backward()
+    torch.testing.assert_close(wrapped.probe[0].running_mean, host.probe[0].running_mean)
+    torch.testing.assert_close(wrapped.probe[1].weight.grad, host.probe[1].weight.grad)
+
+
+def test_a_loss_of_numbers_beside_lightlys():
+    class Regularised(SimSiam):
+        loss = nn.MSELoss
+
+        def __init__(self):
+            super().__init__()
+            self.regulariser = VICRegLoss()
+
+    with pytest.raises(ValueError, match=r"several losses \(criterion, regulariser\).*criterion="):
+        wrap(Regularised())
 
 
 def test_a_plain_loop_that_may_normalise():

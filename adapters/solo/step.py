@@ -18,8 +18,10 @@ from logo_plugin.affinity import Affinity
 from logo_plugin.crops import crop_overlap
 from logo_plugin.local_predictor import join_groups, stand_in
 from logo_plugin.losses import LoGoLoss, LoGoTerms, Similarity
+from logo_plugin.online import images_of
 from logo_plugin.progress import follow_trainer
 from logo_plugin.recomputing import local_forwards
+from logo_plugin.verifying import known_images
 
 
 class Outputs(NamedTuple):
@@ -45,7 +47,7 @@ class LoGo(BaseMethod):
     num_small_crops: int
     logo_terms: LoGoTerms | None = None  # of the last step, detached, as the projections that LoGoMonitor measures
     logo_local_proj: list[Tensor] | None = None
-    _similarity_checked = False
+    _step_checked = False
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
@@ -133,7 +135,9 @@ class LoGo(BaseMethod):
                 f"expected {self.num_large_crops} global and {self.num_local_crops} local crops, got {len(crops)}."
             )
         similarity = self.outputs.similarity(self, indexes)  # before the step: it replaces keys of the queue
-        host_loss = super().training_step([indexes, crops[: self.num_large_crops], targets], batch_idx)
+        first, global_crops = not self._step_checked, crops[: self.num_large_crops]
+        with images_of([self] if first else []) as fed:
+            host_loss = super().training_step([indexes, [*global_crops], targets], batch_idx)
         found = self.__dict__.pop("_captured", None)
         if found is None or not isinstance(host_loss, Tensor):
             raise TypeError(
@@ -144,8 +148,9 @@ class LoGo(BaseMethod):
             return torch.add(host_loss, found["class_loss"])
         pred, target, proj, scale, *_ = self.outputs
         global_target = output(found, target, "target")
-        if not self._similarity_checked:
-            self._similarity_checked = True
+        if first:
+            self._step_checked = True
+            self._check_images(global_crops, fed)
             self._check_similarity(host_loss / scale, output(found, pred, "pred"), global_target, similarity)
         predictor = getattr(self, "predictor", None)
         with (
@@ -172,6 +177,15 @@ class LoGo(BaseMethod):
         self.log_dict(metrics, on_epoch=True, sync_dist=True)
         total: Tensor = terms.total + found["class_loss"]
         return total
+
+    def _check_images(self, crops: Sequence[Tensor], fed: list[Tensor]) -> None:
+        """The first step: what a training_step makes of images, local crops would go without."""
+        if not all(known_images([*crops], fed)):
+            raise TypeError(
+                f"{type(self).__name__}'s training_step calls the method with other images than the global crops that "
+                "it is given, and local crops would go as they come. Change images in the data or in forward, which "
+                "all crops pass."
+            )
 
     @torch.no_grad()
     def _check_similarity(

@@ -8,7 +8,7 @@ import copy
 import math
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import ModuleType
@@ -96,6 +96,27 @@ def has_queue(criterion: nn.Module | None) -> bool:
     bank = getattr(criterion, "memory_bank", None)
     size = getattr(bank, "size", None)
     return isinstance(bank, nn.Module) and isinstance(size, tuple) and size[0] > 0
+
+
+OF_LABELS = (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiMarginLoss)
+
+
+@contextmanager
+def losses_of_views(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """While it lasts, what modules make of two (N, D) is recorded, by name, if it is one number; not of labels."""
+    found: dict[str, Tensor] = {}
+
+    @eager
+    def record(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
+        sides = [x for x in (*args, *kwargs.values()) if _is_batch(x)]
+        if len(sides) == 2 and isinstance(value, Tensor) and not value.ndim:
+            found[name] = value
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            if not isinstance(module, OF_LABELS):
+                stack.callback(module.register_forward_hook(partial(record, name), with_kwargs=True).remove)
+        yield found
 
 
 @contextmanager

@@ -122,22 +122,27 @@ def outputs_of(modules: Iterable[nn.Module], pieces: int = 0) -> Iterator[Output
         yield found
 
 
+def entrances(heads: Heads, backbone: nn.Module | None) -> list[nn.Module]:
+    """What may be given the images: the backbone, or all parts beside the heads where none has that name."""
+    parts = [child for name, child in heads.owner.named_children() if not name.startswith("logo")]
+    return [part for part in parts if part not in heads.modules] if backbone is None else [backbone]
+
+
 @contextmanager
-def images_of(module: nn.Module | None, but: Callable[[], bool] = lambda: False) -> Iterator[list[Tensor]]:
-    """While it lasts, the images (N, C, H, W) that the module is called with are recorded, but where `but` says no."""
+def images_of(modules: Iterable[nn.Module], but: Callable[[], bool] = lambda: False) -> Iterator[list[Tensor]]:
+    """While it lasts, the images (N, C, H, W) that modules are called with are recorded, but where `but` says no."""
     found: list[Tensor] = []
 
     @eager
-    def remember(_: nn.Module, args: tuple[Any, ...]) -> None:
+    def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not but():
-            found.extend(x.detach() for x in args[:1] if isinstance(x, Tensor) and x.ndim == 4)
+            first = (*args, *kwargs.values())[:1]
+            found.extend(x.detach() for x in first if isinstance(x, Tensor) and x.ndim == 4)
 
-    hook = None if module is None else module.register_forward_pre_hook(remember)
-    try:
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(remember, with_kwargs=True).remove)
         yield found
-    finally:
-        if hook is not None:
-            hook.remove()
 
 
 @eager

@@ -18,8 +18,20 @@ from logo_plugin.crops import CropBoxes, crop_overlap
 from logo_plugin.local_predictor import join_groups
 from logo_plugin.losses import LoGoTerms
 from logo_plugin.modes import statistics
-from logo_plugin.observing import Observed, is_symmetric, versions
-from logo_plugin.online import Heads, Method, Outputs, Source, images_of, origin_of, outputs_of, run_online, source_of
+from logo_plugin.observing import Observed, is_symmetric, losses_of_views, versions
+from logo_plugin.online import (
+    Heads,
+    Method,
+    Outputs,
+    Source,
+    entrances,
+    images_of,
+    leaves_of,
+    origin_of,
+    outputs_of,
+    run_online,
+    source_of,
+)
 from logo_plugin.progress import follow_trainer
 from logo_plugin.recomputing import local_forwards
 from logo_plugin.verifying import check_online
@@ -84,8 +96,9 @@ def _logo_step(
     heads, before = model.find_heads(settings.projector), versions(*global_views)
     backbone, given = model.find_backbone(heads), [*global_views]  # a list that the step may change
     with (
-        images_of(backbone if first else None) as fed,
+        images_of(entrances(heads, backbone) if first else []) as fed,
         outputs_of(heads.modules) as ran,
+        losses_of_views(_others(model) if first else {}) as more,
         model.watch_step(heads, ran) as observe,
     ):
         out = _host_step(model, step, given) if first else step(given)
@@ -100,6 +113,14 @@ def _logo_step(
     observed = observe(host_loss)
     if observed is None:
         return out, None
+    projector = {id(p) for p in heads.projector.parameters()} if more else set()
+    also = ", ".join(loss for loss, value in more.items() if projector & (leaves_of([value]) or set()))
+    if also:
+        raise RuntimeError(
+            f"{name} trains its projector with other losses of two tensors (N, D), too ({also}), which local crops "
+            'would go without. Say with criterion= which one LoGo extends, and give reduction="sum", which keeps its '
+            "balance with the others; or put all into one criterion."
+        )
     # How predictions come from the heads may change with the epoch: then it is looked up anew.
     kind = (observed.mutual, *(origin_of(pred, ran, heads) for pred in observed.preds))
     new = kind not in model._logo_sources
@@ -138,12 +159,12 @@ def _logo_step(
             observed,
             ran,
             backbone,
-            fed,
+            fed if first else None,
             asked=bool(settings.target or settings.online),
         )
         for layer, buffer, value in statistics(model):
             if layer in model._logo_idle:
-                value.copy_(before_local[layer, buffer])
+                value.data.copy_(before_local[layer, buffer])  # the host's graph may hold it
         if model.logo.affinity is not None and heads.trained and not all(z.requires_grad for z in local_proj):
             raise RuntimeError(
                 f"{method} of {name} gives projections of local crops without gradient, so nothing could repel them. "
@@ -167,6 +188,14 @@ def _logo_step(
     model.logo_terms = terms.detach()
     model.logo_local_proj = [z.detach() for z in local_proj]
     return ({**out, "loss": terms.total} if isinstance(out, dict) else terms.total), model.logo_terms
+
+
+def _others(model: LoGoModel) -> dict[str, torch.nn.Module]:
+    """What may be a second loss of the two views; none if the user has said which one counts."""
+    if model._logo_config[0].criterion is not None:
+        return {}
+    criterion = model.logo_settings.criterion
+    return {name: child for name, child in model.named_children() if name not in ("logo", criterion)}
 
 
 def log_terms(model: Any, terms: LoGoTerms | None, batch_size: int) -> None:

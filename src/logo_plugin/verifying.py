@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from logo_plugin.compiling import eager
 from logo_plugin.modes import kept_statistics, statistics
 from logo_plugin.observing import Observed
-from logo_plugin.online import Heads, Method, Outputs, Source, images_of, leaves_of, run_online
+from logo_plugin.online import Heads, Method, Outputs, Source, entrances, images_of, leaves_of, run_online
 
 
 class _Look(NamedTuple):
@@ -45,7 +45,7 @@ def check_online(
     observed: Observed,
     ran: Outputs,
     backbone: nn.Module | None,
-    fed: list[Tensor],
+    fed: list[Tensor] | None,
     *,
     asked: bool,
 ) -> list[nn.Module]:
@@ -64,7 +64,7 @@ def check_online(
         observed: What the step gave its criterion.
         ran: What the heads gave in the step.
         backbone: The model's, if it has one.
-        fed: The images that the step gave the backbone, as often as it called it.
+        fed: The images that the step gave the backbone, as often as it called it; None if nobody looked.
         asked: The user names methods, so that not all in `observed` need be a prediction of the one network.
 
     Returns:
@@ -81,7 +81,7 @@ def check_online(
         return pred.shape == part.shape and float((pred - part).norm()) <= (0.1 if half else 0.05) * float(part.norm())
 
     at_once = {len(out) / len(global_views[0]) for out in outputs}
-    look = _look(model, run, near, global_views, backbone, len(observed.preds[0]), at_once)
+    look = _look(model, run, near, global_views, entrances(heads, backbone), len(observed.preds[0]), at_once)
     same = [any(near(pred, part) for part in look.preds) for pred in observed.preds]
     if look.comparable and not any(same) and source is None and not observed.mutual and _blind_to_lengths(observed):
         same = [
@@ -89,8 +89,9 @@ def check_online(
             for pred in observed.preds
         ]
     other = "gives the criterion something else for global crops than" if look.comparable and not any(same) else ""
-    if not other and fed and look.images and not (look.comparable and all(same)):
-        known = _known(look.images, fed)
+    images = [x for x in look.images if x.shape[1] == global_views[0].shape[1]]  # others are maps of features
+    if not other and fed is not None and images and not (look.comparable and all(same)):
+        known = known_images(images, fed)
         # A view that nothing is predicted of need not be among them.
         if not (all(known) if look.comparable and len(observed.preds) > 1 and not asked else any(known)):
             other = "gives the backbone other images for global crops than"
@@ -100,6 +101,12 @@ def check_online(
             f"the step of {type(model).__name__} {other} {method}, which LoGo forwards local crops with. What the step "
             f"itself does to images or features is not in it: {cure}"
         )
+    if look.comparable and any(same) and not (all(same) or observed.mutual or asked) and len(observed.targets) > 1:
+        raise RuntimeError(
+            f"the step of {type(model).__name__} predicts of other images than the global crops, too, such as mixed "
+            "ones or those of a second data set, and local crops would be pulled to the targets of those: name with "
+            "target= a method from global crops to their targets."
+        )
     reached, trained = look.reached, leaves_of(observed.preds)
     own = {id(p): n for n, p in model.named_parameters() if not n.startswith("logo")}
     if reached is None or trained is None:
@@ -107,8 +114,10 @@ def check_online(
     more, less = (reached - trained) & own.keys(), (trained - reached) & own.keys()
     networks = [{id(p) for p in part.parameters()} for part in (backbone, *heads.modules) if part is not None]
     if not look.comparable:  # layers may be left out at random, but not all of a network
+        parts = [{id(p) for p in part.parameters()} for part in heads.owner.children()]
         more = more & set().union(*(ids for ids in networks if not ids & trained))
-    less = less.difference(*networks) if look.comparable and not asked else set()  # experts choose their images
+        less = less & set().union(*(ids for ids in parts if not ids & reached))
+    less = set() if asked else less.difference(*networks)  # experts choose their images
     for names, what in (
         (more, "local crops would train {} of {}, which its own step does not train with this loss (no_grad, detach)"),
         (less, "local crops would not go through {} of {}, as global ones do"),
@@ -129,7 +138,7 @@ def _look(
     run: Callable[[Sequence[Tensor]], Tensor],
     near: Callable[[Tensor, Tensor], bool],
     views: list[Tensor],
-    backbone: nn.Module | None,
+    takers: Sequence[nn.Module],
     rows: int,
     at_once: set[float],
 ) -> _Look:
@@ -140,7 +149,7 @@ def _look(
         with torch.no_grad():
             changed, outs = _changes_of(devices), []
             for view in views:
-                with images_of(backbone, _changes_of(devices)) as given:
+                with images_of(takers, _changes_of(devices)) as given:
                     outs.append(run([view]))
                 images += given
             found = [torch.cat(outs), run(views)]
@@ -161,7 +170,7 @@ def _blind_to_lengths(observed: Observed) -> bool:
     return torch.allclose(repeat(F.normalize(pred, dim=1), target), repeat(pred, target), rtol=1e-2, atol=1e-3)
 
 
-def _known(images: list[Tensor], fed: list[Tensor]) -> list[bool]:
+def known_images(images: list[Tensor], fed: list[Tensor]) -> list[bool]:
     """Which of the images are among those that the step gave the backbone."""
     joined = [torch.cat([x for x in fed if x.shape[1:] == shape]) for shape in {x.shape[1:] for x in fed}]
     return [any(_equal(x, block) for whole in (*fed, *joined) for block in _blocks(whole, len(x))) for x in images]
