@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logo_plugin.affinity import Affinity, full_precision
-from logo_plugin.checks import choice, flag, positive_integer, unknown_option, views_alone
+from logo_plugin.checks import choice, flag, positive_integer, unknown_option, views_alone, warn_of_large_local_crops
 from logo_plugin.compiling import with_gradients_inside
 from logo_plugin.losses import LoGoLoss, LoGoTerms, info_nce
 from logo_plugin.modes import eval_mode
@@ -109,8 +109,8 @@ class LoGoLearner(nn.Module):
             **with_queue(options, affinity) if moco else options,
         )
         self.terms: LoGoTerms | None = None
-        self._warned = False
-        self.to(next(backbone.parameters()).device)
+        self._warned = self._looked = False
+        self.to(next(backbone.parameters()))
 
     def forward(self, views: Sequence[Tensor]) -> Tensor:
         """Gives the loss (scalar) of views (N, C, H, W), globals first, as `MultiCropCollate` makes them."""
@@ -122,6 +122,11 @@ class LoGoLearner(nn.Module):
         if isinstance(views, Tensor):
             raise TypeError("LoGoLearner takes a list of views, got a tensor; learner.backbone(x) gives features.")
         views_alone("LoGoLearner", views)
+        if getattr(self, "_is_replica", False):  # nn.DataParallel's copy, for this forward only
+            raise RuntimeError(
+                "nn.DataParallel trains a copy of the learner in each step, so that neither the target nor the queue "
+                "would move. Use torch.nn.parallel.DistributedDataParallel(learner)."
+            )
         count, learns = self.global_crops, self.training and torch.is_grad_enabled()
         if len(views) <= count and self.criterion.affinity is not None:
             raise ValueError(
@@ -129,6 +134,9 @@ class LoGoLearner(nn.Module):
                 "the data loader collate_fn=MultiCropCollate(...), and its dataset no transform; or go without "
                 "repulsion, affinity=None."
             )
+        if not self._looked and len({view.shape[-2:] for view in views}) > 1:
+            self._looked = True
+            warn_of_large_local_crops(views, count)
         if learns and self.target is not None:
             # Not [*a, *b], which torch 2.4 does not compile behind a graph break.
             online = list(self.backbone.parameters()) + list(self.projector.parameters())

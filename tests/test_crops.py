@@ -194,6 +194,34 @@ def test_every_mode_becomes_rgb(photograph, mode):
     assert all((a - b).abs().max() <= 1 for a, b in zip(views, expected, strict=True))
 
 
+@pytest.mark.parametrize("values", [[0, 255], [0, 100_000], [-3, 300]])
+def test_integers_of_no_known_range_are_refused(values):
+    """As 16 bits, what is stored as 0 to 255 would be black."""
+    image = Image.fromarray(np.array([values] * 9, np.int32))
+    with pytest.raises(ValueError, match=rf"integers of 32 bits, here {values[0]} to {values[1]}, have no fixed range"):
+        MultiCropTransform(**SMALL)(image)
+
+
+def test_an_iterator_is_a_batch(photograph):
+    """Nothing of it is lost."""
+    samples = [(photograph, n) for n in range(3)]
+    collate = MultiCropCollate(**SMALL)
+    assert same(seeded(collate, iter(samples))[0], seeded(collate, samples)[0])
+    assert collate(map(tuple, samples))[1].tolist() == [0, 1, 2]
+    of_dicts = collate({"image": image, "label": n} for image, n in samples)
+    assert of_dicts["views"][0]["label"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array])
+def test_mean_and_std_of_any_kind(photograph, kind):
+    mean, std = (0.5, 0.25, 0.125), (0.25, 0.5, 1.0)
+    collate = MultiCropCollate(**SMALL, mean=kind(mean), std=kind(std))
+    assert collate == MultiCropCollate(**SMALL, mean=mean, std=std)
+    assert same(
+        seeded(collate, [photograph])[0], seeded(MultiCropCollate(**SMALL, mean=mean, std=std), [photograph])[0]
+    )
+
+
 def test_16_bit_png_keeps_its_range(photograph):
     gray = np.asarray(photograph.convert("L"))
     png = encoded(Image.fromarray(gray.astype(np.uint16) * 257), "PNG")
@@ -377,6 +405,8 @@ def test_a_batch_without_any_good_image_is_an_error():
         ([], "got 0 samples"),
         (Image.new("RGB", (9, 9)), "takes a batch, as collate_fn .*got Image.*MultiCropTransform"),
         ("photo.jpg", "takes a batch, as collate_fn .*got str.*MultiCropTransform"),
+        (np.zeros((9, 9, 3), np.uint8), "takes a batch, as collate_fn .*got ndarray.*MultiCropTransform"),
+        (torch.zeros(2, 3, 9, 9), "takes a batch, as collate_fn .*got Tensor.*MultiCropTransform"),
         ([1, 2], "got int"),
         ([(0, Image.new("RGB", (9, 9)), 1)], "got int"),
         ([(Image.new("RGB", (9, 9)), 1), Image.new("RGB", (9, 9))], r"\[1, 2\] items"),

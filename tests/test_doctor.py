@@ -79,6 +79,29 @@ def test_a_wrong_solo_learn_root_is_named(tmp_path, root, what):
     assert f"SOLO_LEARN_ROOT={root} {what}: set it to the root of a clone of solo-learn" in done.stdout
 
 
+def test_a_clone_is_found_in_the_working_folder(tmp_path):
+    """Also by the console script, whose path is without it."""
+    (tmp_path / "solo").mkdir()
+    (tmp_path / "solo" / "__init__.py").touch()
+    script = Path(sys.executable).with_name("logo-plugin")
+    environment = {"PATH": "", "HOME": str(tmp_path)}
+    done = subprocess.run([script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert re.search(rf"solo-learn +unknown version +{tmp_path}\n", done.stdout)
+
+
+def test_on_the_path_only(monkeypatch, capsys):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert main(["timm"]) == 1
+    said = capsys.readouterr().out
+    assert ": ok" not in said
+    assert (
+        "timm: does not work\n  - logo_plugin is not installed, only on the path: pip install . in its folder" in said
+    )
+
+
 def test_commands_and_hosts(capsys):
     assert main(["doctor", "timm"]) == main(["timm"]) == 0
     said = capsys.readouterr().out

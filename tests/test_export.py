@@ -151,6 +151,36 @@ def test_classifier_of_the_backbone_is_left_out_by_name(tmp_path, capsys):
     assert "from the whole source, by name" in said
 
 
+@pytest.mark.parametrize("to", ["timm", "torchvision"])
+def test_a_classifier_left_out_of_a_model_that_is_run(to):
+    """The README's module has backbone and projector in one."""
+    found = export_backbone(Holder(torchvision.models.resnet18(num_classes=16)), to, "resnet18")
+    assert {"backbone.fc.weight", "backbone.fc.bias"} <= set(found.left_out)
+
+
+@pytest.mark.parametrize(
+    ("to", "arch", "options"),
+    [("timm", "vit_tiny_patch16_224", {"img_size": 64}), ("torchvision", "vit_b_16", {"image_size": 32})],
+)
+def test_a_vit_that_is_run_at_its_own_size(to, arch, options):
+    if to == "timm":
+        net = timm.create_model(arch, num_classes=0, **options)
+    else:
+        net = torchvision.models.get_model(arch, **options)
+    assert export_backbone(net, to, arch, **options).by == "name"
+
+
+@pytest.mark.parametrize("make", [lambda x: (x, x), lambda x: x[:, :, :9].sum("no dimension")])
+def test_a_backbone_that_cannot_be_compared(make):
+    class Odd(torchvision.models.ResNet):
+        def forward(self, x):
+            return make(super().forward(x))
+
+    net = Odd(torchvision.models.resnet.BasicBlock, [2, 2, 2, 2])
+    with pytest.raises(ValueError, match=r"does not take or give what that does.*Export its state_dict\(\)"):
+        export_backbone(net, "torchvision", "resnet18")
+
+
 @pytest.mark.parametrize(
     ("arch", "options", "head"),
     [
@@ -247,6 +277,8 @@ def two():
         (lambda: Holder(headless()), {"to": "keras"}, r"to must be one of \('timm', 'torchvision'\), got 'keras'"),
         (lambda: Holder(headless()), {"backbone": "body"}, "no module 'body' in the source; it has backbone,"),
         (lambda: Holder(headless()), {"arch": "vit_tiny_patch16_224", "cifar_stem": 1}, "cifar_stem is for ResNets"),
+        (lambda: Holder(headless()), {"num_classes": 5}, "num_classes=5: a backbone goes without classifier"),
+        (lambda: Holder(headless()), {"to": "torchvision", "weights": "DEFAULT"}, "weights='DEFAULT': a backbone goes"),
         (lambda: Holder(headless()), {"colour": 3}, r"timm can't build resnet18, colour=3 \(.*colour"),
         (two, {}, "several modules fit timm's resnet18: left, right. Say which with --backbone left"),
         (lambda: {"epoch": 3}, {}, "found no state dict, only epoch"),
@@ -275,6 +307,9 @@ def test_files_that_are_none(tmp_path, capsys):
         assert main(["export", str(tmp_path / name), out, "--arch", "resnet18"]) == 1
         assert message in capsys.readouterr().err
     assert main(["export", str(tmp_path / "objects.ckpt"), out, "--arch", "resnet18", "--trust"]) == 0
+    with pytest.raises(SystemExit):
+        main(["export", out, str(tmp_path / "no" / "b.pt"), "--arch", "resnet18"])
+    assert f"no folder {tmp_path / 'no'} to write b.pt to" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["export", out, out, "--arch", "resnet18"])
     assert "would replace the checkpoint" in capsys.readouterr().err

@@ -200,6 +200,29 @@ class Pair(nn.Conv2d):
         return super().forward(x), x
 
 
+@pytest.mark.parametrize("method", ["byol", "moco"])
+def test_data_parallel_is_refused(method):
+    """Each replica is dropped after its forward, with what the target and the queue have become."""
+    learner = build(method)
+    replica = learner._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match=r"neither the target nor the queue would move.*DistributedDataParallel"):
+        replica(views())
+
+
+def test_local_crops_as_large_as_global_ones():
+    """More global crops than it was told of, or in another order."""
+    for wrong in ([*views()[:2], *views()], views()[::-1]):
+        with pytest.warns(UserWarning, match=r"takes the first 2 for global crops.*Put the global ones first"):
+            build("simsiam")(wrong)
+
+
+@pytest.mark.parametrize("method", ["byol", "moco"])
+def test_it_has_the_precision_of_the_backbone(method):
+    learner = LoGoLearner(network().double(), method, affinity=None, **SMALL, **OWN[method])
+    assert {x.dtype for x in learner.state_dict().values() if x.is_floating_point()} == {torch.float64}
+    assert learner([view.double() for view in views()]).dtype == torch.float64
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -61,6 +61,8 @@ def _export(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     if given.output.exists() and given.output.samefile(given.checkpoint):
         parser.error("the output would replace the checkpoint; give another name")
+    if not given.output.absolute().parent.is_dir():
+        parser.error(f"there is no folder {given.output.parent} to write {given.output.name} to; make it first")
     import torch
 
     from logo_plugin.export import export_backbone

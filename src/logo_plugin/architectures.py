@@ -62,6 +62,9 @@ def build(library: str, name: str, cifar_stem: int | None, options: dict[str, An
         ValueError: If it has no such network, or that has no such option or stem.
     """
     choice("to", library, LIBRARIES)
+    own = "num_classes" if library == "timm" else "weights"
+    if own in options:
+        raise ValueError(f"{own}={options[own]!r}: a backbone goes without classifier and given values; leave it out.")
     arguments = "".join(f", {key}={value!r}" for key, value in options.items())
     if library == "timm":
         timm = _library("timm")

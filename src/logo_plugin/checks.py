@@ -4,6 +4,7 @@ import difflib
 import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec
 
@@ -41,6 +42,18 @@ def views_alone(name: str, views: Any) -> None:
         raise TypeError(
             f"{name} takes a list of views (N, C, H, W), got [{got}]. In a batch of MultiCropCollate's it is the first "
             "item, batch[0]."
+        )
+
+
+def warn_of_large_local_crops(views: Sequence[Tensor], count: int) -> None:
+    """32 pixels are CIFAR's, whose local crops are as large as the global ones in the paper."""
+    sides = [max(view.shape[-2:]) for view in views]
+    if max(sides[count:]) >= min(sides[:count]) and (len(set(sides)) > 1 or sides[0] > 32):
+        warnings.warn(
+            f"views of {', '.join(map(str, sides))} pixels: LoGo takes the first {count} for global crops, the others "
+            f"for local ones, which are smaller as a rule. Put the global ones first, or say how many there are, with "
+            f"global_crops={count} if all is as it should be.",
+            stacklevel=3,
         )
 
 

@@ -81,7 +81,7 @@ def _version(name: str) -> str | None:
 def _misfits(extra: str | None) -> list[str]:
     """Compares what is installed with the requirements in this package's own metadata."""
     if _version("logo-plugin") is None:
-        return [] if extra else ["logo_plugin is not installed, only on the path: pip install . in its folder"]
+        return ["logo_plugin is not installed, only on the path: pip install . in its folder"]
     found: list[str] = []
     missing: dict[str, str] = {}
     for requirement in metadata.requires("logo-plugin") or []:
@@ -149,6 +149,8 @@ def _solo_root() -> Path | None:
         if _wrong_solo_root():
             return None
         sys.path.insert(0, root)
+    elif (Path.cwd() / "solo" / "__init__.py").is_file():  # the console script's path is without it
+        sys.path.insert(0, str(Path.cwd()))
     spec = importlib.util.find_spec("solo")
     locations = list(spec.submodule_search_locations or []) if spec else []
     return Path(locations[0]).parent if locations else None

@@ -1,13 +1,14 @@
 """The backbone of any run, under the names that timm or torchvision has for it."""
 
+import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from logo_plugin.architectures import Architecture, build
+from logo_plugin.architectures import Architecture, build, under
 from logo_plugin.checkpoints import Source, state_dict_of
 from logo_plugin.matching import Match, matches, why_none
 from logo_plugin.modes import eval_mode
@@ -83,12 +84,13 @@ def export_backbone(
     architecture = build(to, arch, cifar_stem, options)
     match, others = _choose(state, architecture, f"{to}'s {arch}", to, backbone)
     exported = {name: state[own].clone().contiguous() for name, own in match.names.items()}
+    used = set(match.names.values())
+    left_out = [name for name in state if name not in used]
     architecture = architecture.without(match.head)
     architecture.model.load_state_dict(exported, strict=True)
     if isinstance(source, nn.Module):
-        _compare(source.get_submodule(match.path), architecture.model, match.path, f"{to}'s {arch}")
-    used = set(match.names.values())
-    left_out = [name for name in state if name not in used]
+        side = options.get("img_size", options.get("image_size"))
+        _compare(_without(source, match.path, left_out), architecture.model, side, match.path, f"{to}'s {arch}")
     return ExportedBackbone(exported, architecture.code, match.path, match.by, left_out, others, match.head)
 
 
@@ -115,13 +117,30 @@ def _choose(
     return found[candidates[0]], [path for path in found if path != candidates[0]]
 
 
-def _compare(own: nn.Module, model: nn.Module, path: str, wanted: str) -> None:
-    like = next(own.parameters())
-    side = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[-1]
-    image = torch.rand(1, _channels(model), side, side, generator=torch.Generator().manual_seed(0))
-    with eval_mode(own), eval_mode(model), torch.no_grad():
-        expected = own(image.to(like)).float().cpu().flatten(1)
-        got = model.to(like.dtype)(image.to(like.dtype)).float().flatten(1)
+def _without(source: nn.Module, path: str, left_out: Iterable[str]) -> nn.Module:
+    """A copy of a source's module, float32 on the CPU, that hands on what goes into layers that are left out."""
+    own = copy.deepcopy(source.get_submodule(path)).cpu().float()
+    for name in left_out:
+        layer = name.removeprefix(f"{path}." if path else "").rpartition(".")[0]
+        if under(name, path) and layer and isinstance(own.get_submodule(layer), nn.Linear):
+            parent, _, attribute = layer.rpartition(".")
+            setattr(own.get_submodule(parent), attribute, nn.Identity())
+    return own
+
+
+def _compare(own: nn.Module, model: nn.Module, side: Any, path: str, wanted: str) -> None:
+    usual = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[-2:]
+    sides = usual if side is None else (side, side) if isinstance(side, int) else side
+    image = torch.rand(1, _channels(model), *sides, generator=torch.Generator().manual_seed(0))
+    try:
+        with eval_mode(own), eval_mode(model), torch.no_grad():
+            expected, got = own(image).flatten(1), model(image).flatten(1)
+    except Exception as error:  # whatever it is that the source's own code raises
+        raise ValueError(
+            f"{path or 'the source'} has the values of {wanted} but does not take or give what that does, of an image "
+            f"{tuple(image.shape)} ({type(error).__name__}: {error}). Export its state_dict() to go on without this "
+            "check."
+        ) from error
     if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-3, atol=1e-4):
         by = f"{(expected - got).abs().max():.2g}" if expected.shape == got.shape else (
             f"shape, {tuple(expected.shape)} and {tuple(got.shape)}"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from logo_plugin.checks import warn_of_large_local_crops
 from logo_plugin.compiling import eager_frame, gradients_inside
 from logo_plugin.crops import CropBoxes, crop_overlap
 from logo_plugin.local_predictor import join_groups
@@ -92,7 +93,7 @@ def _logo_step(
         overlap = crop_overlap(boxes.boxes[count:])
     first = not model._logo_sources
     if first and settings.global_crops is None:
-        _warn_of_large_local_crops(views, count)
+        warn_of_large_local_crops(views, count)
     heads, before = model.find_heads(settings.projector), versions(*global_views)
     backbone, given = model.find_backbone(heads), [*global_views]  # a list that the step may change
     with (
@@ -320,15 +321,3 @@ def _explained(message: str) -> Iterator[None]:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         raise RuntimeError(message.format(f"{type(error).__name__}: {error}")) from error
-
-
-def _warn_of_large_local_crops(views: Sequence[Tensor], count: int) -> None:
-    """32 pixels are CIFAR's, whose local crops are as large as the global ones in the paper."""
-    sides = [max(view.shape[-2:]) for view in views]
-    if max(sides[count:]) >= min(sides[:count]) and (len(set(sides)) > 1 or sides[0] > 32):
-        warnings.warn(
-            f"views of {', '.join(map(str, sides))} pixels: LoGo takes the first {count} for global crops, the others "
-            f"for local ones, which are smaller as a rule. Put the global ones first, or say how many there are, with "
-            f"global_crops={count} if all is as it should be.",
-            stacklevel=3,
-        )
