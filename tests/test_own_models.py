@@ -675,6 +675,12 @@ class Neck(OnlyParts):
         return z, self.prediction_head(z)
 
 
+class ForwardPastTheNeck(Neck):
+    def forward(self, x):
+        z = self.projection_head(self.backbone(x).flatten(1))
+        return z, self.prediction_head(z)
+
+
 class OtherName(SimSiam):
     """Its backbone has another name, and is given the images by keyword."""
 
@@ -848,7 +854,16 @@ class PredictsInTheLoss(SimSiam):
         (PreparedOne, "gives the backbone other images .* What the step itself does to images"),
         (Scaled, "local crops would not go through gamma of Scaled"),
         (Neck, "gives the criterion something else for global crops than backbone, projector"),
-        (dropping(Neck), r"local crops would not go through neck\..* name with online="),
+        (
+            dropping(Rectified),
+            "gives prediction_head something else than the output of projection_head, unlike backbone",
+        ),
+        (
+            dropping(NormalisedFeatures),
+            "gives projection_head something else than the output of backbone, unlike backb",
+        ),
+        (dropping(Neck), "gives projection_head something else than the output of backbone, unlike backbone"),
+        (dropping(ForwardPastTheNeck), r"local crops would not go through neck\..* name with online="),
         (PreparedOtherName, "What the step itself does to images"),
         (dropping(PreparedOtherName), "gives the backbone other images .* What the step itself does to images"),
         (PreparedOneOtherName, "gives the backbone other images .* What the step itself does to images"),

@@ -145,6 +145,23 @@ def images_of(modules: Iterable[nn.Module], but: Callable[[], bool] = lambda: Fa
         yield found
 
 
+@contextmanager
+def calls_of(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[tuple[Tensor, Tensor]]]]:
+    """While it lasts, what modules were given first and what they gave is recorded, if gradient flows from there."""
+    found: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+
+    @eager
+    def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        given = next(iter((*args, *kwargs.values())), None)
+        if isinstance(given, Tensor) and isinstance(out, Tensor) and out.requires_grad:
+            found.setdefault(module, []).append((given.detach(), out.detach()))
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(remember, with_kwargs=True).remove)
+        yield found
+
+
 @eager
 def source_of(pred: Tensor, outputs: Outputs, heads: Heads) -> Source | None:
     """Which head gave the criterion a prediction, None if none did.
@@ -237,6 +254,9 @@ def run_online(
     )
 
 
+COMPOSED = "backbone, projector, predictor"
+
+
 def composed(heads: Heads, backbone: nn.Module) -> tuple[str, Method]:
     """Backbone, projector and predictor in turn."""
 
@@ -244,7 +264,7 @@ def composed(heads: Heads, backbone: nn.Module) -> tuple[str, Method]:
         out = heads.projector(backbone(images).flatten(start_dim=1))
         return out if heads.predictor is None else heads.predictor(out)
 
-    return "backbone, projector, predictor", run
+    return COMPOSED, run
 
 
 def _sized(method: Method, images: Tensor, global_shape: Sequence[int]) -> Any:

@@ -25,6 +25,7 @@ from logo_plugin.online import (
     Method,
     Outputs,
     Source,
+    calls_of,
     entrances,
     images_of,
     leaves_of,
@@ -99,6 +100,7 @@ def _logo_step(
     with (
         images_of(entrances(heads, backbone) if first else []) as fed,
         outputs_of(heads.modules) as ran,
+        calls_of([part for part in (backbone, *heads.modules) if part is not None] if first else []) as parts,
         losses_of_views(_others(model) if first else {}) as more,
         model.watch_step(heads, ran) as observe,
     ):
@@ -161,6 +163,7 @@ def _logo_step(
             ran,
             backbone,
             fed if first else None,
+            parts,
             asked=bool(settings.target or settings.online),
         )
         for layer, buffer, value in statistics(model):

@@ -2,8 +2,9 @@
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from logo_plugin.compiling import eager
 from logo_plugin.modes import kept_statistics, statistics
 from logo_plugin.observing import Observed
-from logo_plugin.online import Heads, Method, Outputs, Source, entrances, images_of, leaves_of, run_online
+from logo_plugin.online import COMPOSED, Heads, Method, Outputs, Source, entrances, images_of, leaves_of, run_online
 
 
 class _Look(NamedTuple):
@@ -46,6 +47,7 @@ def check_online(
     ran: Outputs,
     backbone: nn.Module | None,
     fed: list[Tensor] | None,
+    parts: Mapping[nn.Module, list[tuple[Tensor, Tensor]]],
     *,
     asked: bool,
 ) -> list[nn.Module]:
@@ -65,6 +67,7 @@ def check_online(
         ran: What the heads gave in the step.
         backbone: The model's, if it has one.
         fed: The images that the step gave the backbone, as often as it called it; None if nobody looked.
+        parts: What backbone and heads were given and gave in the step, if anybody looked.
         asked: The user names methods, so that not all in `observed` need be a prediction of the one network.
 
     Returns:
@@ -95,6 +98,11 @@ def check_online(
         # A view that nothing is predicted of need not be among them.
         if not (all(known) if look.comparable and len(observed.preds) > 1 and not asked else any(known)):
             other = "gives the backbone other images for global crops than"
+    if not other and method == COMPOSED and not look.comparable and backbone is not None:
+        for before, after in pairwise((backbone, *heads.modules)):
+            given, gave = [x for x, _ in parts.get(after, [])], [x.flatten(1) for _, x in parts.get(before, [])]
+            if not all(known_images(given, gave)):
+                other = f"gives {_name(model, after)} something else than the output of {_name(model, before)}, unlike"
     cure = "name with online= a method from images to what the criterion is given."
     if other:
         raise RuntimeError(
@@ -114,9 +122,9 @@ def check_online(
     more, less = (reached - trained) & own.keys(), (trained - reached) & own.keys()
     networks = [{id(p) for p in part.parameters()} for part in (backbone, *heads.modules) if part is not None]
     if not look.comparable:  # layers may be left out at random, but not all of a network
-        parts = [{id(p) for p in part.parameters()} for part in heads.owner.children()]
+        children = [{id(p) for p in child.parameters()} for child in heads.owner.children()]
         more = more & set().union(*(ids for ids in networks if not ids & trained))
-        less = less & set().union(*(ids for ids in parts if not ids & reached))
+        less = less & set().union(*(ids for ids in children if not ids & reached))
     less = set() if asked else less.difference(*networks)  # experts choose their images
     for names, what in (
         (more, "local crops would train {} of {}, which its own step does not train with this loss (no_grad, detach)"),
@@ -174,6 +182,10 @@ def known_images(images: list[Tensor], fed: list[Tensor]) -> list[bool]:
     """Which of the images are among those that the step gave the backbone."""
     joined = [torch.cat([x for x in fed if x.shape[1:] == shape]) for shape in {x.shape[1:] for x in fed}]
     return [any(_equal(x, block) for whole in (*fed, *joined) for block in _blocks(whole, len(x))) for x in images]
+
+
+def _name(model: nn.Module, part: nn.Module) -> str:
+    return next((name for name, module in model.named_modules() if module is part), type(part).__name__)
 
 
 def _around(model: nn.Module, name: str) -> set[int]:
