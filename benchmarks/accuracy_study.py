@@ -98,6 +98,8 @@ STAGES = [
     ("collages", "moco-both", ["cosine, annealed, ratio 0.3"], [3, 4, 5], 11),
     # There it is ahead of 2 crops, too: at the end of a longer schedule as well?
     ("collages", "moco-both", [*MAIN[:2], "cosine, annealed, ratio 0.3"], [3, 4, 5], 60),
+    # It is worth more there than on single objects: does scenes' repulsion bear more, too?
+    ("collages", "moco-both", ["cosine, annealed, ratio 1"], [3, 4, 5], 11),
     # The official release's own weighting, which the main table still lacks.
     ("imagenette", "moco-both", ["release"], [0, 3, 4], 60),
     ("imagenette", "byol", ["release"], [0, 1, 2], 60),
