@@ -110,7 +110,14 @@ class LoGoLearner(nn.Module):
         )
         self.terms: LoGoTerms | None = None
         self._warned = self._looked = False
-        self.to(next(backbone.parameters()))
+        like = next(backbone.parameters())
+        for part in (self.projector, self.predictor, self.criterion):
+            part.to(like.dtype)
+        if self.target is not None:
+            self.target[-1].to(like.dtype)
+        if self.queue is not None:
+            self.queue = self.queue.to(like.dtype)
+        self.to(like.device)
 
     def forward(self, views: Sequence[Tensor]) -> Tensor:
         """Gives the loss (scalar) of views (N, C, H, W), globals first, as `MultiCropCollate` makes them."""
@@ -134,9 +141,10 @@ class LoGoLearner(nn.Module):
                 "the data loader collate_fn=MultiCropCollate(...), and its dataset no transform; or go without "
                 "repulsion, affinity=None."
             )
-        if not self._looked and len({view.shape[-2:] for view in views}) > 1:
+        if not (torch.compiler.is_compiling() or self._looked):
             self._looked = True
-            warn_of_large_local_crops(views, count)
+            if len(views) > count and len({view.shape[-2:] for view in views}) > 1:
+                warn_of_large_local_crops(views, count)
         if learns and self.target is not None:
             # Not [*a, *b], which torch 2.4 does not compile behind a graph break.
             online = list(self.backbone.parameters()) + list(self.projector.parameters())
