@@ -97,26 +97,21 @@ class LoGoLearner(nn.Module):
             "running_stats": flag("local_running_stats", local_running_stats),
         }
         dims = [_features(backbone, image_size), *[chosen["hidden_dim"]] * (1 + simsiam), width]
-        self.projector = _mlp(dims, norm=not moco, norm_last=simsiam)
-        self.predictor = nn.Identity() if moco else _mlp([width, chosen["predictor_dim"], width])
+        like = next(backbone.parameters())
+        self.projector = _mlp(dims, norm=not moco, norm_last=simsiam).to(like.dtype)
+        self.predictor = nn.Identity() if moco else _mlp([width, chosen["predictor_dim"], width]).to(like.dtype)
         online = nn.Sequential(backbone, nn.Flatten(), self.projector)
         self.target = None if simsiam else copy.deepcopy(online).requires_grad_(False)
         self.queue: Tensor | None
-        self.register_buffer("queue", F.normalize(torch.randn(width, chosen["queue_size"]), dim=0) if moco else None)
+        queue = F.normalize(torch.randn(width, chosen["queue_size"]), dim=0).to(like.dtype) if moco else None
+        self.register_buffer("queue", queue)
         self.criterion = LoGoLoss(
             affinity=Affinity(width) if affinity == "learned" else affinity,  # type: ignore[arg-type]
             similarity=info_nce if moco else "cosine",
             **with_queue(options, affinity) if moco else options,
-        )
+        ).to(like.dtype)
         self.terms: LoGoTerms | None = None
         self._warned = self._looked = False
-        like = next(backbone.parameters())
-        for part in (self.projector, self.predictor, self.criterion):
-            part.to(like.dtype)
-        if self.target is not None:
-            self.target[-1].to(like.dtype)
-        if self.queue is not None:
-            self.queue = self.queue.to(like.dtype)
         self.to(like.device)
 
     def forward(self, views: Sequence[Tensor]) -> Tensor:

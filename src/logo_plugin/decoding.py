@@ -173,11 +173,12 @@ def _layout(image: Tensor | Array, channels: tuple[int, ...]) -> str:
 def _pixels(image: Image.Image) -> Tensor:
     if image.mode == "F":
         raise ValueError("floating-point images have no fixed range; convert them to 8 bits")
-    if image.mode.startswith("I"):
-        values = np.asarray(image.convert("I"))
+    if image.mode == "I":
+        values = np.asarray(image)
         low, high = int(values.min()), int(values.max())
-        if image.mode == "I" and (low < 0 or 0 < high < 256 or high > 65535):  # old Pillows open 16 bits as I
+        if low < 0 or 0 < high < 256 or high > 65535:  # old Pillows open 16 bits as I
             raise ValueError(f"integers of 32 bits, here {low} to {high}, have no fixed range; convert to 8 or 16 bits")
+    if image.mode.startswith("I"):
         # Pillow's own conversion clips 16 bits at 255.
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if image.mode != "RGB":
