@@ -100,11 +100,11 @@ STAGES = [
     ("collages", "moco-both", [*MAIN[:2], "cosine, annealed, ratio 0.3"], [3, 4, 5], 60),
     # It is worth more there than on single objects: does scenes' repulsion bear more, too?
     ("collages", "moco-both", ["cosine, annealed, ratio 1"], [3, 4, 5], 11),
+    # Does BYOL with a predictor shared by both kinds of crops fall behind after long training?
+    ("imagenette", "byol", ["multi-crop", "local predictor"], [0], 200),
     # The official release's own weighting, which the main table still lacks.
     ("imagenette", "moco-both", ["release"], [0, 3, 4], 60),
     ("imagenette", "byol", ["release"], [0, 1, 2], 60),
-    # Does BYOL with a predictor shared by both kinds of crops fall behind after long training?
-    ("imagenette", "byol", ["multi-crop", "local predictor"], [0], 200),
     ("imagenette", "moco-both", KEY, [3, 4, 5], 11),
     ("imagenette", "moco-both", [*MAIN[3:], *ALSO_KEY], [3, 4, 5], 11),
     ("imagenette", "simsiam", [MAIN[2]], [3, 4, 5], 11),
