@@ -363,15 +363,17 @@ class MultiCropCollate(MultiCropTransform):
                 f"MultiCropCollate takes a batch, as collate_fn of a DataLoader, got {type(samples).__name__}. As a "
                 "dataset's transform use MultiCropTransform, which has the same options."
             )
-        if not isinstance(samples, Mapping):
-            samples = list(samples)
         if isinstance(samples, Mapping):
             samples = _rows(samples, self.image_key, self.target_key)
-        elif self.image_key is not None:
-            name = "sample {} of the batch".format
-            samples = [_picked(sample, name(n), self.image_key, self.target_key) for n, sample in enumerate(samples)]
-        elif samples and all(isinstance(sample, dict) and "image" in sample for sample in samples):
-            return self._of_dicts(samples)
+        else:
+            samples = list(samples)
+            if self.image_key is not None:
+                name = "sample {} of the batch".format
+                samples = [
+                    _picked(sample, name(n), self.image_key, self.target_key) for n, sample in enumerate(samples)
+                ]
+            elif samples and all(isinstance(sample, dict) and "image" in sample for sample in samples):
+                return self._of_dicts(samples)
         rows: list[Sequence[Any]] = [s if isinstance(s, (tuple, list)) else (s,) for s in samples]
         if not rows or any(len(row) != len(rows[0]) or not 1 <= len(row) <= 3 for row in rows):
             raise TypeError(

@@ -36,7 +36,7 @@ from logo_plugin.online import (
 )
 from logo_plugin.progress import follow_trainer
 from logo_plugin.recomputing import local_forwards
-from logo_plugin.verifying import check_online
+from logo_plugin.verifying import HostStep, Way, check_online
 from logo_plugin.wrapped import LoGoModel, resolve
 
 
@@ -154,16 +154,8 @@ def _logo_step(
     if new:
         model._logo_idle = check_online(
             model,
-            methods,
-            method,
-            heads,
-            source,
-            global_views,
-            observed,
-            ran,
-            backbone,
-            fed if first else None,
-            parts,
+            HostStep(global_views, observed, ran, fed if first else None, parts),
+            Way(methods, method, heads, source, backbone),
             asked=bool(settings.target or settings.online),
         )
         for layer, buffer, value in statistics(model):

@@ -17,6 +17,49 @@ from logo_plugin.observing import Observed
 from logo_plugin.online import COMPOSED, Heads, Method, Outputs, Source, entrances, images_of, leaves_of, run_online
 
 
+class HostStep(NamedTuple):
+    """What a step of the host showed.
+
+    Attributes:
+        views: Its global crops, (N, C, H, W) each.
+        observed: What it gave its criterion.
+        outputs: What the heads gave.
+        images: What it gave the backbone, as often as it called it; None if nobody looked.
+        parts: What backbone and heads were given and gave, if anybody looked.
+    """
+
+    views: list[Tensor]
+    observed: Observed
+    outputs: Outputs
+    images: list[Tensor] | None
+    parts: Mapping[nn.Module, list[tuple[Tensor, Tensor]]]
+
+    def near(self, pred: Tensor, part: Tensor) -> bool:
+        """Whether two predictions are the same but for the rounding of this step's precision."""
+        outputs = [out for outs in self.outputs.values() for out in outs]
+        half = torch.is_autocast_enabled(self.views[0].device.type) or any(out.dtype.itemsize < 4 for out in outputs)
+        pred, part = pred.detach().float(), part.float()
+        return pred.shape == part.shape and float((pred - part).norm()) <= (0.1 if half else 0.05) * float(part.norm())
+
+
+class Way(NamedTuple):
+    """The way that local crops go.
+
+    Attributes:
+        methods: As in `run_online`.
+        method: Which of them ran local crops.
+        heads: The model's.
+        source: As in `run_online`.
+        backbone: The model's, if it has one.
+    """
+
+    methods: Sequence[tuple[str, Method]]
+    method: str
+    heads: Heads
+    source: Source | None
+    backbone: nn.Module | None
+
+
 class _Look(NamedTuple):
     """What the step's global crops give when they go the way of local ones.
 
@@ -35,22 +78,11 @@ class _Look(NamedTuple):
     moved: set[nn.Module]
 
 
+_CURE = "name with online= a method from images to what the criterion is given."
+
+
 @eager
-def check_online(
-    model: nn.Module,
-    methods: Sequence[tuple[str, Method]],
-    method: str,
-    heads: Heads,
-    source: Source | None,
-    global_views: list[Tensor],
-    observed: Observed,
-    ran: Outputs,
-    backbone: nn.Module | None,
-    fed: list[Tensor] | None,
-    parts: Mapping[nn.Module, list[tuple[Tensor, Tensor]]],
-    *,
-    asked: bool,
-) -> list[nn.Module]:
+def check_online(model: nn.Module, step: HostStep, way: Way, *, asked: bool) -> list[nn.Module]:
     """RuntimeError unless what runs local crops gives for global ones what the step gave, and trains what it trains.
 
     A network that draws random numbers gives nothing to compare, nor has BatchNorm where other images are in the batch:
@@ -58,71 +90,103 @@ def check_online(
 
     Args:
         model: The wrapped model.
-        methods: As in `run_online`.
-        method: Which of them ran local crops.
-        heads: The model's.
-        source: As in `run_online`.
-        global_views: The global crops of the step, (N, C, H, W) each.
-        observed: What the step gave its criterion.
-        ran: What the heads gave in the step.
-        backbone: The model's, if it has one.
-        fed: The images that the step gave the backbone, as often as it called it; None if nobody looked.
-        parts: What backbone and heads were given and gave in the step, if anybody looked.
-        asked: The user names methods, so that not all in `observed` need be a prediction of the one network.
+        step: What the host's showed.
+        way: That of local crops.
+        asked: The user names methods, so that not all that the criterion was given need be a prediction of the one
+            network.
 
     Returns:
-        Layers whose running statistics the method moves though it trains nothing there, as in a target network.
+        Layers whose running statistics the way moves though it trains nothing there, as in a target network.
     """
-    outputs = [out for outs in ran.values() for out in outs]
-    half = torch.is_autocast_enabled(global_views[0].device.type) or any(out.dtype.itemsize < 4 for out in outputs)
-
-    def run(views: Sequence[Tensor]) -> Tensor:
-        return torch.cat(run_online(methods, heads, source, views, features=observed.preds[0].shape[1])[1])
-
-    def near(pred: Tensor, part: Tensor) -> bool:
-        pred, part = pred.detach().float(), part.float()
-        return pred.shape == part.shape and float((pred - part).norm()) <= (0.1 if half else 0.05) * float(part.norm())
-
-    at_once = {len(out) / len(global_views[0]) for out in outputs}
-    look = _look(model, run, near, global_views, entrances(heads, backbone), len(observed.preds[0]), at_once)
-    same = [any(near(pred, part) for part in look.preds) for pred in observed.preds]
-    if look.comparable and not any(same) and source is None and not observed.mutual and _blind_to_lengths(observed):
-        same = [
-            any(near(F.normalize(pred, dim=1), F.normalize(part, dim=1)) for part in look.preds)
-            for pred in observed.preds
-        ]
-    other = "gives the criterion something else for global crops than" if look.comparable and not any(same) else ""
-    images = [x for x in look.images if x.shape[1] == global_views[0].shape[1]]  # others are maps of features
-    if not other and fed is not None and images and not (look.comparable and all(same)):
-        known = known_images(images, fed)
-        # A view that nothing is predicted of need not be among them.
-        if not (all(known) if look.comparable and len(observed.preds) > 1 and not asked else any(known)):
-            other = "gives the backbone other images for global crops than"
-    if not other and method == COMPOSED and not look.comparable and backbone is not None:
-        for before, after in pairwise((backbone, *heads.modules)):
-            given, gave = [x for x, _ in parts.get(after, [])], [x.flatten(1) for _, x in parts.get(before, [])]
-            if not all(known_images(given, gave)):
-                other = f"gives {_name(model, after)} something else than the output of {_name(model, before)}, unlike"
-    cure = "name with online= a method from images to what the criterion is given."
-    if other:
+    observed, look = step.observed, _look(model, step, way)
+    same = _same_predictions(step, way, look) if look.comparable else []
+    if other := _difference(model, step, way, look, same, asked):
         raise RuntimeError(
-            f"the step of {type(model).__name__} {other} {method}, which LoGo forwards local crops with. What the step "
-            f"itself does to images or features is not in it: {cure}"
+            f"the step of {type(model).__name__} {other} {way.method}, which LoGo forwards local crops with. What the "
+            f"step itself does to images or features is not in it: {_CURE}"
         )
-    if look.comparable and any(same) and not (all(same) or observed.mutual or asked) and len(observed.targets) > 1:
+    if any(same) and not (all(same) or observed.mutual or asked) and len(observed.targets) > 1:
         raise RuntimeError(
             f"the step of {type(model).__name__} predicts of other images than the global crops, too, such as mixed "
             "ones or those of a second data set, and local crops would be pulled to the targets of those: name with "
             "target= a method from global crops to their targets."
         )
-    reached, trained = look.reached, leaves_of(observed.preds)
-    own = {id(p): n for n, p in model.named_parameters() if not n.startswith("logo")}
-    if reached is None or trained is None:
+    trained = leaves_of(observed.preds)
+    if look.reached is None or trained is None:
         return []
+    return _check_trained(model, way, look, trained, look.reached, asked)
+
+
+def _look(model: nn.Module, step: HostStep, way: Way) -> _Look:
+    """Leaves no trace."""
+    views, rows, features = step.views, *step.observed.preds[0].shape
+    at_once = {len(out) / len(views[0]) for outs in step.outputs.values() for out in outs}  # views in one batch
+    devices = [views[0].device] if views[0].is_cuda else []
+    takers, images = entrances(way.heads, way.backbone), list[Tensor]()
+
+    def run(views: Sequence[Tensor]) -> Tensor:
+        return torch.cat(run_online(way.methods, way.heads, way.source, views, features=features)[1])
+
+    with _kept_random_state(devices), kept_statistics(model, every=True):
+        with torch.no_grad():
+            changed, outs = _changes_of(devices), []
+            for view in views:
+                with images_of(takers, _changes_of(devices)) as given:
+                    outs.append(run([view]))
+                images += given
+            found = [torch.cat(outs), run(views)]
+            drawn = changed() or not step.near(*found)
+            usual = at_once <= {*range(1, len(views) + 1)}
+            for count in sorted(at_once - {1}) if usual else []:
+                found.append(run([torch.cat(views[k : k + int(count)]) for k in range(0, len(views), int(count))]))
+        before = {(layer, name): buffer.clone() for layer, name, buffer in statistics(model)}
+        reached = leaves_of([run([views[0][:2]])])
+        moved = {layer for layer, name, buffer in statistics(model) if not torch.equal(buffer, before[layer, name])}
+    preds = [part for whole in found for part in torch.split(whole, rows)]
+    return _Look(preds, images, usual and not drawn, reached, moved)
+
+
+def _same_predictions(step: HostStep, way: Way, look: _Look) -> list[bool]:
+    """Which of the predictions that the step gave its criterion the look gave, too."""
+
+    def among(change: Callable[[Tensor], Tensor]) -> list[bool]:
+        parts = [change(part) for part in look.preds]
+        return [any(step.near(change(pred), part) for part in parts) for pred in step.observed.preds]
+
+    same = among(lambda x: x)
+    if not any(same) and way.source is None and not step.observed.mutual and _blind_to_lengths(step.observed):
+        same = among(lambda x: F.normalize(x, dim=1))
+    return same
+
+
+def _difference(model: nn.Module, step: HostStep, way: Way, look: _Look, same: list[bool], asked: bool) -> str | None:
+    """What the step does otherwise than the way of local crops, in words that its name follows."""
+    if look.comparable and not any(same):
+        return "gives the criterion something else for global crops than"
+    images = [x for x in look.images if x.shape[1] == step.views[0].shape[1]]  # others are maps of features
+    if step.images is not None and images and not (look.comparable and all(same)):
+        known = known_images(images, step.images)
+        # A view that nothing is predicted of need not be among them.
+        if not (all(known) if look.comparable and len(step.observed.preds) > 1 and not asked else any(known)):
+            return "gives the backbone other images for global crops than"
+    if way.method == COMPOSED and not look.comparable and way.backbone is not None:
+        for before, after in pairwise((way.backbone, *way.heads.modules)):
+            given = [x for x, _ in step.parts.get(after, [])]
+            gave = [x.flatten(1) for _, x in step.parts.get(before, [])]
+            if not all(known_images(given, gave)):
+                return f"gives {_name(model, after)} something else than the output of {_name(model, before)}, unlike"
+    return None
+
+
+def _check_trained(
+    model: nn.Module, way: Way, look: _Look, trained: set[int], reached: set[int], asked: bool
+) -> list[nn.Module]:
+    """RuntimeError unless the way trains what the step's predictions do; gives what `check_online` gives."""
+    own = {id(p): n for n, p in model.named_parameters() if not n.startswith("logo")}
     more, less = (reached - trained) & own.keys(), (trained - reached) & own.keys()
-    networks = [{id(p) for p in part.parameters()} for part in (backbone, *heads.modules) if part is not None]
+    networks = [{id(p) for p in part.parameters()} for part in (way.backbone, *way.heads.modules) if part is not None]
     if not look.comparable:  # layers may be left out at random, but not all of a network
-        children = [{id(p) for p in child.parameters()} for child in heads.owner.children()]
+        children = [{id(p) for p in child.parameters()} for child in way.heads.owner.children()]
         more = more & set().union(*(ids for ids in networks if not ids & trained))
         less = less & set().union(*(ids for ids in children if not ids & reached))
     less = set() if asked else less.difference(*networks)  # experts choose their images
@@ -133,43 +197,12 @@ def check_online(
         if names:
             listed = sorted(own[p] for p in names)
             what = what.format(", ".join(listed[:3]) + " and others" * (len(listed) > 3), type(model).__name__)
-            raise RuntimeError(f"{what}: {cure}")
+            raise RuntimeError(f"{what}: {_CURE}")
     if not reached & own.keys():  # sharded: no layer's own parameters are in the graph
         return []
     return [
         layer for name, layer in model.named_modules() if layer in look.moved and not reached & _around(model, name)
     ]
-
-
-def _look(
-    model: nn.Module,
-    run: Callable[[Sequence[Tensor]], Tensor],
-    near: Callable[[Tensor, Tensor], bool],
-    views: list[Tensor],
-    takers: Sequence[nn.Module],
-    rows: int,
-    at_once: set[float],
-) -> _Look:
-    """Leaves no trace. A prediction has `rows` rows, and the step forwarded `at_once` views in one batch."""
-    devices = [views[0].device] if views[0].is_cuda else []
-    images: list[Tensor] = []
-    with _kept_random_state(devices), kept_statistics(model, every=True):
-        with torch.no_grad():
-            changed, outs = _changes_of(devices), []
-            for view in views:
-                with images_of(takers, _changes_of(devices)) as given:
-                    outs.append(run([view]))
-                images += given
-            found = [torch.cat(outs), run(views)]
-            drawn = changed() or not near(*found)
-            usual = at_once <= {*range(1, len(views) + 1)}
-            for count in sorted(at_once - {1}) if usual else []:
-                found.append(run([torch.cat(views[k : k + int(count)]) for k in range(0, len(views), int(count))]))
-        before = {(layer, name): buffer.clone() for layer, name, buffer in statistics(model)}
-        reached = leaves_of([run([views[0][:2]])])
-        moved = {layer for layer, name, buffer in statistics(model) if not torch.equal(buffer, before[layer, name])}
-    preds = [part for whole in found for part in torch.split(whole, rows)]
-    return _Look(preds, images, usual and not drawn, reached, moved)
 
 
 @torch.no_grad()
