@@ -3,9 +3,10 @@
     python benchmarks/operators.py
     python benchmarks/operators.py --lightly  # and a whole step of BYOL as lightly's examples write it, wrapped
 
-Counted by `TorchDispatchMode`, on the CPU: the loss forward and backward, from predictions and projections to their
-gradients and the affinity's; 2 global and `--local-crops` local crops. Views and bare allocations launch nothing and
-are not counted; kernels that one operator launches itself (a reduction's second pass) are not told apart.
+Counted by `TorchDispatchMode`, on the CPU: the loss forward and backward, with a predictor of one matrix product for
+each local crop; 2 global and `--local-crops` local crops. LoGo is the default, the cosine at a ratio of gradients; the
+learned affinity has a fixed weight. Views and bare allocations launch nothing and are not counted; kernels that one
+operator launches itself (a reduction's second pass) are not told apart.
 """
 
 import argparse
@@ -36,18 +37,19 @@ class Count(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-def count(local_crops=2, **options):
+def count(local_crops=2, affinity=None, **options):
     """Operators of one step."""
-    criterion = LoGoLoss(**options)
+    criterion = LoGoLoss(affinity=affinity, **options)
+    criterion.anneal(0.3)
     views = [
         [torch.randn(IMAGES, FEATURES, requires_grad=g) for _ in range(n)]
-        for n, g in ((2, True), (2, False), (local_crops, True), (local_crops, True))
+        for n, g in ((2, True), (2, False), (local_crops, True))
     ]
-    names = ("global_pred", "global_target", "local_pred", "local_proj")
-    inputs = [*views[0], *views[2], *(views[3] if criterion.affinity else ()), *criterion.parameters()]
+    predictor = torch.randn(FEATURES, FEATURES, requires_grad=True)
+    given = {"global_pred": views[0], "global_target": views[1], "local_proj": views[2]}
     with Count() as counting:
-        total = criterion(**dict(zip(names, views, strict=True))).total
-        torch.autograd.grad(total, inputs)
+        total = criterion(**given, local_pred=[z @ predictor for z in views[2]]).total
+        torch.autograd.grad(total, [*views[0], *views[2], predictor, *criterion.parameters()])
     return counting.found
 
 
@@ -58,6 +60,7 @@ def of_byol(local_crops, affinity):
 
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.AdaptiveAvgPool2d(1))
     model = wrap(BYOL(net, 8), affinity=affinity)
+    model.logo.anneal(0.3)
     views = [torch.randn(IMAGES, 3, size, size) for size in (16, 16, *[8] * local_crops)]
     model.training_step([views], 0)
     with Count() as counting:
@@ -77,19 +80,21 @@ def main():
         "InfoNCE with a queue": partial(info_nce, queue=F.normalize(torch.randn(FEATURES, 64), dim=0)),
         "a callable (4 operators)": lambda pred, target: (pred - target).square().mean(),
     }
+    arms = {"multi-crop": lambda: None, "LoGo": lambda: "cosine", "learned affinity": lambda: Affinity(FEATURES)}
     print(f"torch {torch.__version__}, 2 global and {arguments.local_crops} local crops, forward and backward")
-    print(f"{'similarity':26}{'multi-crop':>12}{'LoGo':>8}{'more':>8}{'LayerNorm':>12}")
-    for name, similarity in similarities.items():
-        counted = partial(count, arguments.local_crops, similarity=similarity)
-        plain, logo = counted().total(), counted(affinity=Affinity(FEATURES)).total()
-        layer = counted(affinity=Affinity(FEATURES, norm="layer")).total()
-        print(f"{name:26}{plain:12}{logo:8}{logo - plain:8}{layer:12}")
+    print(f"{'similarity':26}" + "".join(f"{arm:>24}" for arm in arms))
+    counted = {
+        name: [count(arguments.local_crops, make(), similarity=similarity).total() for make in arms.values()]
+        for name, similarity in similarities.items()
+    }
     if arguments.lightly:
         warnings.simplefilter("ignore")  # no Trainer to log to
-        plain, logo = (of_byol(arguments.local_crops, affinity) for affinity in (None, "learned"))
-        print(f"{'BYOL of lightly, all of it':26}{plain:12}{logo:8}{logo - plain:8}")
+        of = [of_byol(arguments.local_crops, affinity) for affinity in (None, "cosine", "learned")]
+        counted["BYOL of lightly, all of it"] = of
+    for name, (plain, *others) in counted.items():
+        print(f"{name:26}{plain:24}" + "".join(f"{f'{n} (+{n - plain})':>24}" for n in others))
     if arguments.names:
-        more = count(arguments.local_crops, affinity=Affinity(FEATURES))
+        more = count(arguments.local_crops, "cosine")
         more.subtract(count(arguments.local_crops))
         print(", ".join(f"{name} {n:+}" for name, n in more.most_common() if n))
 

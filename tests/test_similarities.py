@@ -123,3 +123,42 @@ def test_the_cosine_is_torchs():
     assert torch.equal(negative_cosine(pred, target), expected)
     got, wanted = (torch.autograd.grad(x, pred)[0] for x in (negative_cosine(pred, target), expected))
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("globals_", "locals_"), [(2, 2), (3, 5)])
+def test_the_cosine_and_its_gradient_longhand(globals_, locals_):
+    """Both are computed in one pass; here as Eq. 3, 4 and 5 say, by torch's cosine and autograd."""
+    preds, targets, local, proj = views(globals_, 1), views(globals_, 2), views(locals_, 3), views(locals_, 4)
+    criterion = LoGoLoss(affinity="cosine", local_weight=0.3, anneal_repulsion=False)
+    terms = criterion(global_pred=preds, global_target=targets, local_pred=local, local_proj=proj)
+    cosine = partial(F.cosine_similarity, dim=1)
+    pulled = [-cosine(p, t.detach()) for i, p in enumerate(preds) for j, t in enumerate(targets) if i != j]
+    pulled += [-cosine(p, t.detach()) for p in local for t in targets]
+    repelled = [cosine(proj[i], proj[j]) for i in range(locals_) for j in range(i)]
+    expected = torch.stack(pulled).mean() + 0.3 * torch.stack(repelled).mean()
+    torch.testing.assert_close(terms.total, expected, rtol=1e-12, atol=1e-12)
+    for got, wanted in zip(
+        *(torch.autograd.grad(x, [*preds, *local, *proj]) for x in (terms.total, expected)), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("globals_", [2, 3])
+def test_the_cosines_gradient_has_a_gradient(globals_):
+    """For second-order optimizers and gradient penalties."""
+    criterion = LoGoLoss(affinity="cosine", local_weight=0.3, anneal_repulsion=False)
+    targets = views(globals_, 2)
+
+    def total(*x):
+        return criterion(global_pred=x[:globals_], global_target=targets, local_pred=x[globals_:]).total
+
+    assert torch.autograd.gradgradcheck(total, [*views(globals_, 1), *views(3, 3)])
+
+
+def test_targets_of_another_precision():
+    preds, targets = views(2, 1, torch.float32), views(2, 2)
+    total = LoGoLoss(affinity="cosine", local_weight=0.3, anneal_repulsion=False)(
+        global_pred=preds, global_target=targets, local_pred=[preds[0] + 1, preds[1] - 1]
+    ).total
+    total.backward()
+    assert (total.dtype, preds[0].grad.dtype) == (torch.float64, torch.float32)

@@ -127,7 +127,13 @@ def full_precision(x: Tensor) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     """Divided by the norm, unless that is nothing in x's precision: then the gradient, 1 / norm, would overflow."""
+    return unit_and_norm(x)[0]
+
+
+def unit_and_norm(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, and what it was divided by."""
     least = max(1e-8, torch.finfo(x.dtype).tiny)  # the cosine's usual one; in float16 6e-5
     x = full_precision(x)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(norm > least, norm, 1.0)
+    norm = torch.where(norm > least, norm, 1.0)
+    return x / norm, norm

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from logo_plugin.affinity import Affinity, full_precision
+from logo_plugin.affinity import Affinity, CosineAffinity, full_precision
 from logo_plugin.checks import overlap_in_range
 from logo_plugin.pairs import Pairs
+from logo_plugin.similarities import mean_cosine
 
 
 def affinity_terms(
@@ -76,6 +77,8 @@ def local_local_loss(
         ValueError: If `overlap` is not (pairs, N), floating-point and in [0, 1]. On a GPU, where looking at the values
             would make it wait, those out of range make the result nan.
     """
+    if type(affinity) is CosineAffinity and repulsion == "logit" and overlap is None:
+        return mean_cosine(torch.stack(list(local_proj)))
     return _repulsion(_looked_at(affinity, _side_by_side(_repelled_pairs(local_proj))), repulsion, overlap)
 
 

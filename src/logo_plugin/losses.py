@@ -391,12 +391,12 @@ def _capped_weight(
             # Times N: the gradient of one image does not underflow in half precision, the ratio stays.
             n = term.new_full((), proj[0].shape[-2])
             gradients = torch.autograd.grad(term, proj, n, retain_graph=True, allow_unused=True)
-        found = [full_precision(gradient).norm() for gradient in gradients if gradient is not None]
+        found = [full_precision(gradient) for gradient in gradients if gradient is not None]
         if len(found) < len(proj):
             raise ValueError(
                 "gradient_ratio needs the gradient of the similarity at local_proj: call it with gradients enabled, "
                 "local_proj not detached, and local_pred computed from the very tensors passed as local_proj."
             )
-        norms.append(torch.stack(found).norm())
+        norms.append(torch.stack(torch._foreach_norm(found)).norm())
     weight: Tensor = ratio * norms[0] / norms[1].clamp_min(torch.finfo(norms[1].dtype).tiny)
     return weight.clamp(max=1.0)

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from logo_plugin.affinity import full_precision, unit
+from logo_plugin.affinity import full_precision, unit, unit_and_norm
 from logo_plugin.checks import same_shape
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
@@ -103,7 +104,47 @@ def _mean_cosine(preds: Tensor, targets: Tensor, apart: bool) -> Tensor:
         t = t.flip(0)
     else:
         t = (t.sum(0) - t) / (len(t) - 1)
-    return -(unit(preds) * t).sum(-1).mean(-1).mean()
+    return -mean_cosine(preds, t)
+
+
+def mean_cosine(x: Tensor, toward: Tensor | None = None) -> Tensor:
+    """The mean dot product of the directions of `x` with `toward`, in a fraction of the operators that autograd takes.
+
+    Args:
+        x: V views (V, N, D).
+        toward: (V, N, D) or (N, D), of which no gradient is taken; of unit length it is the cosine. None is the mean
+            direction of the other views of each: then it is the mean cosine of all pairs of views.
+
+    Returns:
+        Scalar, computed in float32 from half precision.
+    """
+    cosine: Tensor = _MeanCosine.apply(x, toward)
+    return cosine
+
+
+class _MeanCosine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, toward: Tensor | None) -> Tensor:
+        cosine, slope = _cosine_and_slope(x, toward)
+        ctx.save_for_backward(x, toward, slope)
+        ctx.factor = (2 if toward is None else 1) / cosine.numel()  # of a pair both ends move
+        return cosine.mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, toward, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to be differentiated, too
+            _, slope = _cosine_and_slope(x, toward)
+        return (slope * (grad * ctx.factor)).to(x.dtype), None
+
+
+def _cosine_and_slope(x: Tensor, toward: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(V, N, 1), and its gradient at x (V, N, D), of which what is along x only makes it longer."""
+    direction, norm = unit_and_norm(x)
+    if toward is None:
+        toward = (direction.sum(0) - direction) / (len(x) - 1)
+    cosine = (direction * toward).sum(-1, keepdim=True)
+    return cosine, torch.addcmul(toward, direction, cosine, value=-1) / norm
 
 
 def _info_nce(pred: Tensor, target: Tensor, queue: Tensor | None, temperature: float) -> Tensor:
