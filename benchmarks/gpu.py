@@ -75,17 +75,19 @@ def environment(run):
 
 
 def objective(run):
-    """The loss alone, forward and backward: seconds, ATen operators, kernels, with and without the affinity."""
+    """The loss alone, forward and backward: seconds, ATen operators, kernels, with and without the repulsion."""
     import operators
 
     operators_of = {"multi-crop": operators.count().total()}
-    operators_of["LoGo"] = operators.count(affinity=Affinity(operators.FEATURES)).total()
+    operators_of["LoGo"] = operators.count(affinity="cosine").total()
+    operators_of["learned affinity"] = operators.count(affinity=Affinity(operators.FEATURES)).total()
     yield "operators", operators_of
     shapes = [(256, 128, 2), (4096, 256, 2), (256, 2048, 2), (256, 256, 6), (256, 8192, 6)]
     for images, features, local_crops in run.pick(shapes, [(8, 16, 2)]):
         steps = {
             "multi-crop": _objective_step(run, images, features, local_crops, None),
-            "LoGo": _objective_step(run, images, features, local_crops, Affinity(features).to(run.device)),
+            "LoGo": _objective_step(run, images, features, local_crops, "cosine"),
+            "learned affinity": _objective_step(run, images, features, local_crops, Affinity(features)),
         }
         times = run.in_turn(steps)
         found = {"seconds": {arm: statistics.median(taken) for arm, taken in times.items()}}
@@ -130,7 +132,8 @@ def memory(run, backbone, sizes, batch_size):
         batch = [[torch.randn(shape, device=run.device) for shape in shapes], torch.zeros(batch_size)]
         for cheap in (False, True) if count else (None,):
             model = lightly_models.create("byol", backbone, *sizes).to(run.device)
-            model = model if cheap is None else wrap(model, affinity="learned", checkpoint_local_crops=cheap)
+            if cheap is not None:
+                wrap(model, checkpoint_local_crops=cheap).logo.anneal(0.3)
             measured.seconds(model, batch)
             found = {"kept_bytes": measured.kept_bytes(model, batch)}
             if run.cuda:
@@ -272,7 +275,8 @@ class Run:
 
 
 def _objective_step(run, images, features, local_crops, affinity):
-    criterion = LoGoLoss(affinity=affinity)
+    criterion = LoGoLoss(affinity=affinity).to(run.device)
+    criterion.anneal(0.3)
     pred = [torch.randn(images, features, device=run.device, requires_grad=True) for _ in range(2 + local_crops)]
     target = [torch.randn(images, features, device=run.device) for _ in range(2)]
 

@@ -74,7 +74,9 @@ def main():
         for cheap in arms:
             net = timm.create_model(options.backbone, num_classes=0)
             model = lightly_models.METHODS["byol"](net, net.num_features).to(options.device)
-            models.append(model if cheap is None else wrap(model, affinity="learned", checkpoint_local_crops=cheap))
+            models.append(model if cheap is None else wrap(model, checkpoint_local_crops=cheap))
+            if cheap is not None:
+                model.logo.anneal(0.3)
         for model in models:
             seconds(model, batch)  # in its first step LoGo looks at more than it trains
         kept = [kept_bytes(model, batch) - sum(v.nbytes for v in views) for model in models]

@@ -37,13 +37,14 @@ def build(method: str, size: int):
                 "proj_hidden_dim": 4096,
                 "proj_output_dim": 256,
                 "pred_hidden_dim": 8192,
-                "logo": {"affinity": "learned"},  # the default needs a Trainer
             },
         }
     )
     torch.manual_seed(0)
     model = METHODS[method](cfg)
     model.log_dict = lambda *args, **kwargs: None
+    if hasattr(model, "logo"):
+        model.logo.anneal(0.3)  # as a Trainer would
     return model.to(memory_format=torch.channels_last)
 
 

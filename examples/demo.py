@@ -49,16 +49,6 @@ def folder_images(folder):
     return torch.utils.data.Subset(images, train), torch.utils.data.Subset(images, held_out)
 
 
-class Fade(Callback):
-    """Tells LoGo how far the training is, which the Trainer can't where a timer ends it."""
-
-    def __init__(self, timer, seconds):
-        self.timer, self.seconds = timer, seconds
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        pl_module.logo.anneal(min(self.timer.time_elapsed() / self.seconds, 1.0))
-
-
 class History(Callback):
     """The terms of each step, kept in the checkpoint so that a resumed run has them all."""
 
@@ -134,8 +124,6 @@ def train_arm(arm, options, train, folder):
     checkpoint = next((path for path in (finished, interrupted) if options.resume and path.exists()), None)
     history, timer = History(), Timer(duration={"seconds": options.seconds})
     callbacks = [history, timer, OnExceptionCheckpoint(folder, interrupted.stem), TQDMProgressBar(refresh_rate=5)]
-    if arm == "LoGo 2 + 2":
-        callbacks.append(Fade(timer, options.seconds))
     trainer = pl.Trainer(
         max_epochs=-1,
         accelerator="cpu",

@@ -9,7 +9,8 @@ from logo_plugin import wrap
 
 NOTES = {
     "solo-learn": "All of `solo.methods.METHODS`; [settings for each](solo-learn.md) come with `+logo=...`. "
-    'Options after "no" are refused for that method.'
+    'Options after "no" are refused for that method; without `gradient_ratio` nothing is repelled unless a '
+    "`local_weight` is given."
 }
 
 

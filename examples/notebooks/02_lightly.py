@@ -137,4 +137,4 @@ with torch.no_grad():
 
 # %% [markdown]
 # More: [classes and checkpoints, plain PyTorch, several GPUs](../../docs/lightly.md) and [all
-# options](../../docs/reference.md). `examples/demo.py` compares 2 crops, multi-crop and LoGo at equal time.
+# options](../../docs/options.md). `examples/demo.py` compares 2 crops, multi-crop and LoGo at equal time.

@@ -113,8 +113,8 @@ _ = axes[3].set(title="cosine, same image; other image dotted", xlabel="step")
 # ## How hard to push
 #
 # `gradient_ratio` caps the gradient of the repulsion at a fraction of the similarity's gradient, so its values mean
-# the same in every run, which those of a fixed `local_weight` don't. The weight never exceeds 1. The default is 0.1;
-# over the run it falls to nothing, as the other values here do. BYOL, the same crops in the same order.
+# the same in every run, which those of a fixed `local_weight` don't. The weight never exceeds 1. The default is 0.1,
+# for MoCo 0.3; over the run it falls to nothing, as the other values here do. BYOL, the same crops in the same order.
 
 # %%
 sweep = {}

@@ -49,10 +49,10 @@ class LoGoLoss(nn.Module):
     averages the gradients. A `similarity` that gathers makes global_global and local_global gathered, no other term.
 
     Args:
-        affinity: The pair scorer, usually `Affinity(dim)`; any module that maps two (P, N, D) tensors
-            to logits (P, N). "cosine" repels the cosine similarity itself: nothing is learned, the affinity's term
-            is 0, and the defaults are `gradient_ratio=0.1, anneal_repulsion=True`. None means no repulsion: the host
-            method with multi-crop.
+        affinity: What is repelled. "cosine", which we recommend, is the cosine similarity itself: nothing is learned,
+            the affinity's term is 0, and the defaults are `gradient_ratio=0.1, anneal_repulsion=True`. Or a pair
+            scorer that is learned alongside, the paper's `Affinity(dim)` or any module that maps two (P, N, D) tensors
+            to logits (P, N). None means no repulsion: the host method with multi-crop.
         similarity: The host method's own loss, "cosine" (negative cosine, in [-1, 1]) or any callable
             (pred (N, D), target (N, D)) -> scalar.
         local_weight: lambda, the fixed weight of local_local (default 1e-4, the paper's for SimSiam).
