@@ -18,7 +18,7 @@ from logo_plugin.observing import OF_LABELS, Observed
 from logo_plugin.online import Heads, Method, Names, Outputs
 from logo_plugin.refusals import DENSE, OWN_MULTI_CROP, refuse
 from logo_plugin.similarities import negative_cosine
-from logo_plugin.stepping import join_optimizer, log_terms, logo_step
+from logo_plugin.stepping import join_optimizer, log_terms, logo_step, optimizers_of
 from logo_plugin.wrapped import LoGoModel, resolve
 
 NAMES = Names(
@@ -162,7 +162,8 @@ class LightningModel(LightlyModel):
     def configure_optimizers(self) -> Any:
         """The model's own, with LoGo's parameters in one of its groups."""
         configured = super().configure_optimizers()  # type: ignore[misc]
-        join_optimizer(self, [group for optimizer in _optimizers(configured) for group in optimizer.param_groups])
+        predictor = self.find_heads(self.logo_settings.projector).predictor
+        join_optimizer(self, predictor, [g for found in optimizers_of(configured) for g in found.param_groups])
         return configured
 
 
@@ -188,14 +189,6 @@ def takes_two_views(module: nn.Module) -> bool:
     """Whether forward takes a pair of views, as lightly.models' of lightly 1.5."""
     forward = getattr(module, "_logo_base", type(module)).forward
     return "x1" in inspect.signature(forward).parameters
-
-
-def _optimizers(configured: Any) -> Iterator[Any]:
-    if hasattr(configured, "param_groups"):  # torch's, or a wrapper around one
-        yield configured
-    elif isinstance(configured, (list, tuple, dict)):
-        for item in configured.values() if isinstance(configured, dict) else configured:
-            yield from _optimizers(item)
 
 
 def _describe(batch: Any) -> str:

@@ -387,6 +387,171 @@ def test_subclass_with_a_loss_of_its_own():
             model.training_step(batch(), 0)
 
 
+OFF = {"affinity": False, "local_global_weight": 0, "local_running_stats": False}
+
+
+def of(cls, method="byol", logo=None, **fields):
+    """A model of a user's class: stock, or with LoGo's options wrapped."""
+    from omegaconf import OmegaConf
+
+    cfg = config(
+        method if logo is None else f"logo_{method}", logo, small=0 if logo is None else 2, name="resnet_small"
+    )
+    OmegaConf.update(cfg, "optimizer", fields, force_add=True)
+    torch.manual_seed(0)
+    model = (cls if logo is None else wrap(cls))(cfg)
+    model.log_dict = model.log = lambda *args, **kwargs: None
+    return model
+
+
+@pytest.mark.parametrize("share", [0.1, 0.0, None])
+def test_the_class_loss_counts_as_often_as_the_method_counts_it(share):
+    """A subclass may train the backbone with labels, by a weight of its own, or leave them out."""
+    methods, _ = import_solo()
+    from solo.losses.byol import byol_loss_func
+
+    class Labelled(methods.BYOL):
+        def forward(self, x):
+            out = super().forward(x)
+            return out | {"logits": self.classifier(out["feats"])}
+
+        def training_step(self, batch, batch_idx):
+            out = super(methods.BYOL, self).training_step(batch, batch_idx)
+            pairs = ((out["p"][i], out["momentum_z"][1 - i]) for i in (0, 1))
+            similar = sum(byol_loss_func(*pair) for pair in pairs)
+            return similar if share is None else similar + share * out["loss"]
+
+    models = of(Labelled), of(Labelled, logo=OFF)
+    losses = [m.training_step(batch(crops=n), 0) for m, n in zip(models, (2, 4), strict=True)]
+    assert torch.equal(*losses)
+    for found in losses:
+        found.backward()
+    expected, found = map(gradients, models)
+    assert all(torch.equal(gradient, found[name]) for name, gradient in expected.items())
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's
+def test_manual_optimisation(tmp_path):
+    """Of the wrapped method it is refused: Lightning ignores what its step returns. Above LoGo it trains."""
+    methods, _ = import_solo()
+
+    def manually(base):
+        class Manual(base):
+            def __init__(self, cfg):
+                super().__init__(cfg)
+                self.automatic_optimization = False
+
+            def training_step(self, batch, batch_idx):
+                loss = super().training_step(batch, batch_idx)
+                self.optimizers().zero_grad()
+                self.manual_backward(loss)
+                self.optimizers().step()
+
+        return Manual
+
+    with pytest.raises(TypeError, match="optimises manually"):
+        fit(of(manually(methods.BYOL), logo={}), tmp_path)
+    model = of(manually(wrap(methods.BYOL)), logo={"affinity": "learned"})
+    before = copy.deepcopy(model.logo.affinity)
+    fit(model, tmp_path)
+    assert not torch.equal(before.mlp[0].weight, model.logo.affinity.mlp[0].weight)
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's
+@pytest.mark.parametrize("override", ["configure_optimizers", "learnable_params"])
+def test_what_logo_adds_is_trained_by_an_optimizer_of_ones_own(override, tmp_path):
+    methods, _ = import_solo()
+
+    def groups(model):
+        parts = (model.backbone, model.projector, model.predictor, model.classifier)
+        return [{"name": "all", "params": [p for part in parts for p in part.parameters()]}]
+
+    own = {
+        "configure_optimizers": lambda self: torch.optim.SGD(groups(self), lr=0.1),
+        "learnable_params": property(groups),
+    }
+    base = methods.BYOL if override == "configure_optimizers" else wrap(methods.BYOL)
+    cls = type("Own", (base,), {override: own[override]})
+    model = of(cls, logo={"affinity": "learned", "local_predictor": True})
+    before = copy.deepcopy([model.logo, model.logo_local_predictor])
+    fit(model, tmp_path)
+    for part, old in zip((model.logo, model.logo_local_predictor), before, strict=True):
+        assert all(
+            not torch.equal(a, b) for a, b in zip(part.parameters(), old.parameters(), strict=True) if a.ndim > 1
+        )
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's
+def test_a_further_term_that_begins_later_is_seen(tmp_path):
+    methods, _ = import_solo()
+
+    class Ramp(methods.BYOL):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + self.current_epoch * self.predictor[0].weight.norm()
+
+    with pytest.raises(TypeError, match="on the global crops similarity gives"):
+        fit(of(Ramp, logo={}), tmp_path)
+
+
+def test_neighbours_looked_up_after_the_step_are_no_targets():
+    methods, _ = import_solo()
+
+    class Curious(methods.NNBYOL):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.find_nn(F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1))
+            return loss
+
+    terms = []
+    for cls in (methods.NNBYOL, Curious):
+        model = of(cls, "nnbyol", logo={"affinity": False})
+        model.training_step(batch(), 0)
+        terms.append(model.logo_terms.local_global)
+    assert torch.equal(*terms)
+
+
+def test_what_a_step_may_give():
+    methods, _ = import_solo()
+
+    def giving(change):
+        class Giving(methods.BYOL):
+            def training_step(self, batch, batch_idx):
+                return change(super().training_step(batch, batch_idx))
+
+        return Giving
+
+    plain, packed, left_out = (
+        of(giving(change), logo={"affinity": False}).training_step(batch(), 0)
+        for change in (lambda loss: loss, lambda loss: {"loss": loss, "more": 1}, lambda _: None)
+    )
+    assert torch.equal(packed["loss"], plain)
+    assert (packed["more"], left_out) == (1, None)
+
+
+def test_unusual_subclasses():
+    """Five channels, a batch of four parts, an argument more, and a temperature that the step sets."""
+    methods, _ = import_solo()
+
+    class Unusual(methods.MoCoV3):
+        def __init__(self, cfg, start=1.0):
+            super().__init__(cfg)
+            self.start = start
+            for network in (self.backbone, self.momentum_backbone):
+                network.conv1 = torch.nn.Conv2d(5, 64, 7, 2, 3, bias=False)
+
+        def training_step(self, batch, batch_idx):
+            *usual, heat = batch
+            self.temperature = float(heat)
+            return super().training_step(usual, batch_idx)
+
+    cfg = config("logo_mocov3", {"affinity": False}, name="resnet_small")
+    model = wrap(Unusual)(cfg, start=2.0)
+    model.log_dict = model.log = lambda *args, **kwargs: None
+    data = [torch.arange(4), [torch.randn(4, 5, 32, 32) for _ in range(4)], torch.arange(4), torch.tensor(0.4)]
+    assert model.training_step(data, 0).isfinite()
+    assert (model.start, model.temperature) == (2.0, pytest.approx(0.4))
+
+
 def test_a_copy_of_a_local_subclass_keeps_its_class():
     methods, _ = import_solo()
 

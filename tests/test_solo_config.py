@@ -119,6 +119,11 @@ def test_defaults(method, logo, affinity, ratio, anneal):
     assert (dict(again.method_kwargs.logo), again.name) == (found, name)
 
 
+def test_null_is_the_default():
+    _, adapter = import_solo()
+    assert checked(usual_config(dict.fromkeys(adapter.OPTIONS), "byol")) == checked(usual_config({}, "byol"))
+
+
 @pytest.mark.parametrize("logo", [{"gradient_ratio": 0.1}, {"preset": "release"}, {"affinity": "cosine"}])
 @pytest.mark.parametrize("method", HIDDEN_PROJECTION)
 def test_ratio_where_it_cannot_be_taken(method, logo):
@@ -489,16 +494,13 @@ def test_what_local_crops_leave_alone():
     assert local["rrc"] == {"enabled": True, "crop_min_scale": 0.08, "crop_max_scale": 1}
 
 
-def test_it_says_what_it_adds(caplog):
-    with caplog.at_level("INFO"):
-        compose("imagenet-100", "byol", "method=logo_byol")
+def test_it_says_what_it_adds(capfd):
+    compose("imagenet-100", "byol", "method=logo_byol")
     said = "adds local crops to your augmentations: 2 of 96 px, 0.05 to 0.4 of the image; global crops begin at 0.4"
-    assert said in caplog.text
-    caplog.clear()
-    with caplog.at_level("INFO"):
-        compose("imagenet-100-multicrop", "byol", "method=logo_byol")
-        compose("imagenet-100", "byol")
-    assert "LoGo" not in caplog.text
+    assert said in capfd.readouterr().err
+    compose("imagenet-100-multicrop", "byol", "method=logo_byol")
+    compose("imagenet-100", "byol")
+    assert "LoGo" not in capfd.readouterr().err
 
 
 def test_a_run_of_other_colours_is_not_resumed(tmp_path):

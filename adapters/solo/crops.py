@@ -1,12 +1,13 @@
 """The crops of a config: how solo-learn counts them, what LoGo needs of them, and the local ones that it adds."""
 
 import copy
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_only
 from logo_plugin.adapters.solo.options import LOCAL, PREFIX
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -99,11 +100,17 @@ def add_local_crops(cfg: DictConfig, options: Mapping[str, Any]) -> None:
     *_, local = cfg.augmentations
     low, high = local.rrc.crop_min_scale, local.rrc.crop_max_scale
     begin = [pipeline.rrc.crop_min_scale for pipeline in cfg.augmentations[:-1] if pipeline.rrc.enabled]
-    rank_zero_info(
+    _say(
         f"LoGo adds local crops to your augmentations: {local.num_crops} of "
         f"{' x '.join(map(str, side_lengths(local)))} px, {low} to {high} of the image"
         f"{f'; global crops begin at {min(begin)} of it' if begin else ''}."
     )
+
+
+@rank_zero_only
+def _say(message: str) -> None:
+    """Not by a logger: solo-learn's configs turn those off."""
+    print(message, file=sys.stderr)
 
 
 def _extended(large: Sequence[Any], options: Mapping[str, Any]) -> ListConfig:

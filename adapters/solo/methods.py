@@ -94,10 +94,11 @@ def _logo_class(method: type, outputs: Outputs, *mixins: type, module: str | Non
 
         def training_step(self, batch: list[Any], batch_idx: int) -> dict[str, Any]:
             outputs: dict[str, Any] = super().training_step(batch, batch_idx)
-            # The method adds this loss to its own; LoGo does so after weighting the method's.
-            class_loss = outputs["loss"]
-            self.__dict__["_captured"] = outputs
-            outputs.update(class_loss=class_loss, loss=torch.zeros_like(class_loss))
+            if torch.is_grad_enabled():
+                # A nothing in its place, at whose gradient LoGo sees what the method makes of it.
+                class_loss = outputs["loss"]
+                self.__dict__["_captured"] = outputs
+                outputs.update(class_loss=class_loss, loss=torch.zeros_like(class_loss, requires_grad=True))
             return outputs
 
     namespace = {"outputs": outputs, "__module__": module or method.__module__, "__doc__": f"{method.__name__}, LoGo."}

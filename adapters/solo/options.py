@@ -80,6 +80,7 @@ def checked(given: Any, *, hidden: bool = False, queue: bool = False) -> dict[st
     for name in given:
         if name not in OPTIONS:
             raise ValueError(unknown_option(str(name), OPTIONS, PREFIX))
+    given = {name: value for name, value in given.items() if value is not None}
     fast = given.get("fast_crops", False)
     if not isinstance(fast, bool) and fast != "augment":
         raise ValueError(f'{PREFIX}fast_crops must be true, false or "augment", got {fast!r}.')

@@ -37,12 +37,22 @@ def simsiam(model: Any, indexes: Tensor) -> Similarity:
 def mocov2plus(model: Any, indexes: Tensor) -> list[Similarity]:
     """InfoNCE over the queue as it is before the step; one for each target, since each global crop has its own."""
     queues = full_precision(model.queue.clone())
-    return [_exact(mocov2plus_loss_func, queue=queue, temperature=model.temperature) for queue in queues]
+
+    def similarity(pred: Tensor, target: Tensor, queue: Tensor) -> Tensor:
+        loss: Tensor = mocov2plus_loss_func(pred, target, queue=queue, temperature=model.temperature)
+        return loss
+
+    return [_exact(similarity, queue=queue) for queue in queues]
 
 
 def mocov3(model: Any, indexes: Tensor) -> Similarity:
     """InfoNCE over the targets of the batch and of all ranks."""
-    return _exact(mocov3_loss_func, temperature=model.temperature)
+
+    def similarity(pred: Tensor, target: Tensor) -> Tensor:
+        loss: Tensor = mocov3_loss_func(pred, target, temperature=model.temperature)  # the step may set it
+        return loss
+
+    return _exact(similarity)
 
 
 def nnclr(model: Any, indexes: Tensor) -> Similarity:

@@ -21,6 +21,7 @@ from logo_plugin.losses import LoGoLoss, LoGoTerms, Similarity
 from logo_plugin.online import images_of
 from logo_plugin.progress import follow_trainer
 from logo_plugin.recomputing import local_forwards
+from logo_plugin.stepping import join_optimizer, optimizers_of
 from logo_plugin.verifying import known_images
 
 
@@ -47,10 +48,10 @@ class LoGo(BaseMethod):
     num_small_crops: int
     logo_terms: LoGoTerms | None = None  # of the last step, detached, as the projections that LoGoMonitor measures
     logo_local_proj: list[Tensor] | None = None
-    _step_checked = False
+    _checked_epoch = -1
 
-    def __init__(self, cfg: DictConfig) -> None:
-        super().__init__(cfg)
+    def __init__(self, cfg: DictConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(cfg, *args, **kwargs)
         options = dict(cfg.method_kwargs.logo)
         own = {name: options.pop(name) for name in OWN}
         self.fast_crops, self.weigh_overlap, self.monitor = (own[n] for n in ("fast_crops", "weigh_overlap", "monitor"))
@@ -94,6 +95,13 @@ class LoGo(BaseMethod):
             join_groups(stock, self.predictor, self.logo_local_predictor)
         return [*stock, group] if group["params"] else stock
 
+    def configure_optimizers(self) -> Any:
+        """The method's own; what LoGo added joins a group if the method has built them by itself."""
+        configured: Any = super().configure_optimizers()
+        predictor = getattr(self, "predictor", None)
+        join_optimizer(self, predictor, [g for found in optimizers_of(configured) for g in found.param_groups])
+        return configured
+
     def configure_callbacks(self) -> Any:
         """With `monitor`, attaches a `LoGoMonitor`: main_pretrain.py takes no callbacks of the user's."""
         stock: Any = super().configure_callbacks()
@@ -126,30 +134,44 @@ class LoGo(BaseMethod):
         if stage == "fit" and self.fast_crops:
             fast_crops.remove(self.trainer.fit_loop._data_source.instance)
 
-    def training_step(self, batch: list[Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: list[Any], batch_idx: int) -> Any:
         """The method's own step on the global crops, plus LoGo's terms; global crops come first in the batch."""
-        indexes, crops, targets, *boxes = batch
-        overlap = crop_overlap(boxes[0][:, self.num_large_crops :].transpose(0, 1)) if self.weigh_overlap else None
+        indexes, crops, targets, *others = batch
+        overlap = None
+        if self.weigh_overlap:
+            boxes, *others = others
+            overlap = crop_overlap(boxes[:, self.num_large_crops :].transpose(0, 1))
         if len(crops) != self.num_large_crops + self.num_local_crops:
             raise ValueError(
                 f"expected {self.num_large_crops} global and {self.num_local_crops} local crops, got {len(crops)}."
             )
+        if not self.automatic_optimization and type(self).training_step is LoGo.training_step:
+            raise TypeError(
+                f"{type(self).__name__} optimises manually, so Lightning ignores the loss that training_step returns, "
+                "to which LoGo adds its terms. Wrap a method that does not, and optimise manually in a subclass of "
+                "what wrap() gives."
+            )
         similarity = self.outputs.similarity(self, indexes)  # before the step: it replaces keys of the queue
-        first, global_crops = not self._step_checked, crops[: self.num_large_crops]
+        # Each epoch anew: a further term may have begun meanwhile.
+        first, global_crops = self._checked_epoch != self.current_epoch, crops[: self.num_large_crops]
         with images_of([self] if first else []) as fed:
-            host_loss = super().training_step([indexes, [*global_crops], targets], batch_idx)
+            out = super().training_step([indexes, [*global_crops], targets, *others], batch_idx)
+        host_loss = out.get("loss") if isinstance(out, dict) else out
         found = self.__dict__.pop("_captured", None)
+        if out is None or (not torch.is_grad_enabled() and isinstance(host_loss, Tensor)):
+            return out  # a batch to leave out; a loss to look at
         if found is None or not isinstance(host_loss, Tensor):
             raise TypeError(
                 "LoGo needs a training_step that calls super().training_step() and returns the loss as a tensor; "
                 f"{type(self).__name__}'s {'does not call it' if found is None else 'returns no tensor'}."
             )
-        if not torch.is_grad_enabled():  # a loss to look at: the method's own
-            return torch.add(host_loss, found["class_loss"])
         pred, target, proj, scale, *_ = self.outputs
-        global_target = output(found, target, "target")
+        global_target = output(found, target, "target")[: self.num_large_crops]
+        # The method adds the class loss to its own, LoGo after weighting the method's: as often as the method does.
+        (share,) = torch.autograd.grad(host_loss, found["loss"], retain_graph=True, allow_unused=True)
+        class_loss = 0.0 if share is None else share * found["class_loss"]
         if first:
-            self._step_checked = True
+            self._checked_epoch = self.current_epoch
             self._check_images(global_crops, fed)
             self._check_similarity(host_loss / scale, output(found, pred, "pred"), global_target, similarity)
         predictor = getattr(self, "predictor", None)
@@ -175,11 +197,11 @@ class LoGo(BaseMethod):
         self.logo_local_proj = [z.detach() for z in local_proj]
         metrics = {f"train_{name}": value for name, value in self.logo_terms._asdict().items() if name != "total"}
         self.log_dict(metrics, on_epoch=True, sync_dist=True)
-        total: Tensor = terms.total + found["class_loss"]
-        return total
+        total: Tensor = terms.total + class_loss
+        return {**out, "loss": total} if isinstance(out, dict) else total
 
     def _check_images(self, crops: Sequence[Tensor], fed: list[Tensor]) -> None:
-        """The first step: what a training_step makes of images, local crops would go without."""
+        """What a training_step makes of images, local crops would go without."""
         if not all(known_images([*crops], fed)):
             raise TypeError(
                 f"{type(self).__name__}'s training_step calls the method with other images than the global crops that "
@@ -195,7 +217,7 @@ class LoGo(BaseMethod):
         targets: Sequence[Tensor],
         similarity: Similarity | list[Similarity],
     ) -> None:
-        """The first step: local crops must be scored by the very loss that the global ones are."""
+        """Local crops must be scored by the very loss that the global ones are."""
         first, second = similarity if isinstance(similarity, list) else [similarity] * 2
         # On every rank, whatever comes of it: it may gather.
         found = (first(preds[1], targets[0]) + second(preds[0], targets[1])) / 2

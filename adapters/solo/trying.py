@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from logo_plugin.adapters.solo.options import PREFIX
 from omegaconf import DictConfig, ListConfig
+from torch import nn
 
 from logo_plugin.losses import PRESETS, LoGoLoss
 from logo_plugin.modes import eval_mode
@@ -21,11 +22,12 @@ def dry_run(model: Any, cfg: DictConfig) -> int:
             a method that hides from it how the prediction comes from the projection.
     """
     weight = next(model.parameters())
+    channels = next((layer.in_channels for layer in model.backbone.modules() if isinstance(layer, nn.Conv2d)), 3)
     for size in [crop.crop_size for crop in cfg.get("augmentations") or []] or [224]:
         height, width = size if isinstance(size, (list, tuple, ListConfig)) else (size, size)
         try:
             with eval_mode(model), torch.set_grad_enabled(cfg.method_kwargs.logo.gradient_ratio is not None):
-                found = model(torch.zeros(1, 3, height, width, dtype=weight.dtype, device=weight.device))
+                found = model(torch.zeros(1, channels, height, width, dtype=weight.dtype, device=weight.device))
         except (AssertionError, RuntimeError, ValueError) as error:
             reason = str(error).rstrip(".")
             hint = _SIZE_HINTS.get(cfg.backbone.name.split("_")[0], "local crops of the global crops' size")
@@ -34,7 +36,7 @@ def dry_run(model: Any, cfg: DictConfig) -> int:
                 f"Try {hint}, or a backbone that takes any size, such as resnet18."
             ) from error
     pred, proj = (output(found, getattr(model.outputs, name), name) for name in ("pred", "proj"))
-    if cfg.method_kwargs.logo.gradient_ratio is not None and pred is not proj:
+    if cfg.method_kwargs.logo.gradient_ratio is not None and pred is not proj and proj.requires_grad:
         (gradient,) = torch.autograd.grad(pred.sum(), proj, allow_unused=True)
         if gradient is None:
             refuse_ratio(cfg.method_kwargs.logo, cfg.method)

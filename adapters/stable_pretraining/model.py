@@ -161,7 +161,7 @@ def _join(model: StableModel, optimizers: list[torch.optim.Optimizer]) -> None:
         for group in groups:
             if not any(group is kept for kept in undecayed or homes[0].param_groups):
                 group["params"] = [parameter for parameter in group["params"] if parameter not in own]
-        join_optimizer(model, homes[0].param_groups)
+        join_optimizer(model, heads.predictor, homes[0].param_groups)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> set[Tensor]:

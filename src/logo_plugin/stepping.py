@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from logo_plugin.checks import warn_of_large_local_crops
 from logo_plugin.compiling import eager_frame, gradients_inside
@@ -186,7 +186,7 @@ def _logo_step(
     return ({**out, "loss": terms.total} if isinstance(out, dict) else terms.total), model.logo_terms
 
 
-def _others(model: LoGoModel) -> dict[str, torch.nn.Module]:
+def _others(model: LoGoModel) -> dict[str, nn.Module]:
     """What may be a second loss of the two views; none if the user has said which one counts."""
     if model._logo_config[0].criterion is not None:
         return {}
@@ -205,13 +205,26 @@ def log_terms(model: Any, terms: LoGoTerms | None, batch_size: int) -> None:
         model.log_dict(logged, batch_size=batch_size)
 
 
-def join_optimizer(model: LoGoModel, groups: Iterable[dict[str, Any]]) -> None:
+def optimizers_of(configured: Any) -> Iterator[Any]:
+    """The optimizers in what a LightningModule's `configure_optimizers` gives."""
+    if hasattr(configured, "param_groups"):  # torch's, or a wrapper around one
+        yield configured
+    elif isinstance(configured, (list, tuple, dict)):
+        for item in configured.values() if isinstance(configured, dict) else configured:
+            yield from optimizers_of(item)
+
+
+def join_optimizer(model: Any, predictor: nn.Module | None, groups: Iterable[dict[str, Any]]) -> None:
     """Puts what LoGo added into optimizer groups that are there: the affinity into one without weight decay.
 
     Not with add_param_group: schedulers built before count the groups.
+
+    Args:
+        model: Has `logo` and `logo_local_predictor`.
+        predictor: What a local predictor is a copy of.
+        groups: The optimizer's.
     """
     groups = list(groups)
-    predictor = model.find_heads(model.logo_settings.projector).predictor
     if predictor is not None and model.logo_local_predictor is not None:
         join_groups(groups, predictor, model.logo_local_predictor)
     if model.logo.affinity is None or not groups:
