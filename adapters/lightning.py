@@ -87,6 +87,7 @@ class LoGoMonitor(_Callback):
         self.every_n_steps, self.crops_every_n_epochs, self.images = every_n_steps, crops_every_n_epochs, images
         self.nonfinite, self.warn_collapse = nonfinite, warn_collapse
         self._measured = self._step = 0
+        self._proj: list[Tensor] | None = None  # what was measured last
         self._draw: list[Callable[[Tensor, int, int], None]] = []
         self._first_bad: Tensor | None = None
         self._collapsed, self._said_collapse = 0, False
@@ -105,7 +106,6 @@ class LoGoMonitor(_Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Finds out which loggers take pictures, and warns of those that don't."""
-        self._measured = self._step = trainer.global_step
         self._draw = []
         self._first_bad, self._collapsed, self._said_collapse = None, 0, False
         if not trainer.is_global_zero or self.crops_every_n_epochs is None:
@@ -120,9 +120,14 @@ class LoGoMonitor(_Callback):
                     stacklevel=2,
                 )
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """A run that is resumed knows its step by now."""
+        self._measured = self._step = trainer.global_step
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measures and draws when it is time to."""
-        step = max(0, trainer.global_step - 1)  # Lightning counts from 0 where it logs
+        # Where Lightning logs; several optimizers count on their own.
+        step = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", max(0, trainer.global_step - 1))
         interval = self.every_n_steps or trainer.log_every_n_steps
         # With accumulated gradients several batches end on one step.
         due = interval and trainer.global_step % interval == 0 and trainer.global_step != self._measured
@@ -141,8 +146,10 @@ class LoGoMonitor(_Callback):
             return
         self._measured = trainer.global_step
         proj = pl_module.logo_local_proj
-        if proj is None or len(proj[0]) < 2 or not (trainer.loggers or self.warn_collapse):  # a last batch of one image
+        # A last batch of one image; a step that did without LoGo.
+        if proj is None or len(proj[0]) < 2 or proj is self._proj or not (trainer.loggers or self.warn_collapse):
             return
+        self._proj = proj
         found = diagnose([z[:_IMAGES] for z in proj], pl_module.logo.affinity)
         for logger in trainer.loggers:
             logger.log_metrics({f"logo/{name}": value for name, value in found.items()}, step=step)
@@ -212,8 +219,9 @@ def _views(batch: Any) -> list[Tensor]:
     """The views of a batch, which the hosts have as a list among its items, or as dicts with an "image"."""
     if isinstance(batch, dict):
         views = batch.get("views", batch)
-        views = views.values() if isinstance(views, dict) else views
-        batch = [[view["image"] if isinstance(view, dict) else view for view in views if not isinstance(view, int)]]
+        if isinstance(views, dict):
+            views = [views[name] for kind in ("global", "local") for name in views if str(name).startswith(kind)]
+        batch = [[view["image"] if isinstance(view, dict) else view for view in views]]
     for item in batch:
         if isinstance(item, (list, tuple)) and item and isinstance(item[0], Tensor) and item[0].ndim == 4:
             return [view for view in item if view.ndim == 4]  # MultiCropTransform's may end with the crops' boxes

@@ -230,3 +230,22 @@ def test_a_graph_that_hides_the_predictor_is_refused():
     ):
         LoGoLoss(affinity="cosine", anneal_repulsion=False)(**parts)
     assert LoGoLoss(affinity="cosine", anneal_repulsion=False, local_weight=0.1)(**parts).total.isfinite()
+
+
+def test_a_trainer_before_says_nothing_of_the_next():
+    """Its end, at which nothing is repelled, is not where a run without an end begins."""
+    model = wrap(hosts.SimSiam())
+    fit(model, max_epochs=1)
+    with pytest.raises(RuntimeError, match="nothing says how far that is"):
+        fit(model, max_epochs=-1)
+    seen, _ = fit(model, max_epochs=1)
+    assert seen == half_cosine(range(3), of=3)
+
+
+@pytest.mark.parametrize("cls", [hosts.MoCo, hosts.SimCLR])
+def test_bfloat16_models_are_not_refused_by_chance(cls):
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = wrap(cls(), anneal_repulsion=False).bfloat16()
+        views = [view.bfloat16() for view in batch()]
+        assert model.training_step([views, None], 0).isfinite()

@@ -494,6 +494,25 @@ class TestCopies:
         assert torch.equal(loss, expected)
         assert gradients.keys() == expected_gradients.keys()
 
+    def test_a_pickled_model_keeps_its_options(self):
+        """As a process that is spawned has it: its class builds others with them."""
+        model = pickle.loads(pickle.dumps(wrap(hosts.SimSiam(), affinity=Affinity(16, 8), criterion="criterion")))
+        assert type(model)().logo.affinity.mlp[0].out_features == 8
+
+    def test_a_backbone_frozen_in_the_first_step_moves_its_statistics_later(self):
+        """It was taken for a target network, which local crops leave alone."""
+        tracked = []
+        for frozen in (False, True):
+            model = wrap(hosts.SimSiam())
+            model.backbone.requires_grad_(not frozen)
+            step(model, batch())
+            model.backbone.requires_grad_(True)
+            before = int(model.backbone[1].num_batches_tracked)
+            for _ in range(2):
+                step(model, batch())
+            tracked.append(int(model.backbone[1].num_batches_tracked) - before)
+        assert tracked == [8, 8]
+
     def test_instances_of_a_class_share_nothing(self):
         wrapped_class = wrap(hosts.BYOL, affinity=Affinity(16, 8))
         first, second = wrapped_class(), wrapped_class()

@@ -315,6 +315,14 @@ def test_a_term_that_is_not_finite_is_named_with_its_step(accumulate):
     assert sum("nan or infinite" in str(warning.message) for warning in caught) == 1
 
 
+def test_a_resumed_run_names_its_own_step(tmp_path):
+    checkpoint = str(tmp_path / "last.ckpt")
+    fit(make(lightning.pytorch), lightning.pytorch).save_checkpoint(checkpoint)
+    callbacks = [Poison(3), LoGoMonitor()]
+    with pytest.warns(UserWarning, match="nan or infinite since step 3: LoGo's total."):
+        fit(make(lightning.pytorch), lightning.pytorch, epochs=2, ckpt_path=checkpoint, callbacks=callbacks)
+
+
 def test_it_may_end_the_run_or_keep_silent():
     with pytest.raises(RuntimeError, match=r"nan or infinite since step 2: LoGo's total\..*stops a run there"):
         fit(make(lightning.pytorch), lightning.pytorch, callbacks=[Poison(2), LoGoMonitor(nonfinite="raise")])

@@ -1,6 +1,7 @@
 """The adapter of stable-pretraining, on its own forwards, classes, callbacks and Lightning's Trainer."""
 
 import copy
+import csv
 import functools
 import math
 import re
@@ -23,6 +24,7 @@ from adapter_contract import CHECKS, check_two_ranks, same, seeded, step, views
 from logo_plugin.adapters.lightning import LoGoMonitor
 from methods_stable import CASES
 from photos import tiles
+from PIL import Image
 from stable_pretraining import callbacks, forward, methods
 from torch import nn
 from torch.utils.data import DataLoader
@@ -578,3 +580,66 @@ class TestRefusals:
         backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 32))
         with pytest.raises(RuntimeError, match=r"failed on local crops .*local_size=global_size"):
             wrap(stable_hosts.module("simclr", backbone=backbone))(batch(), stage="fit")
+
+
+def with_forward(forward):
+    """A module of a forward of one's own, SimCLR of the views that it is given."""
+    parts = {"backbone": stable_hosts.backbone(), "projector": stable_hosts.head(32, 24, 16)}
+    return spt.Module(forward=forward, optim=stable_hosts.OPTIM, **stable_hosts.FORWARDS["simclr"], **parts)
+
+
+def test_callbacks_read_what_a_forward_writes_into_the_batch():
+    def writing(self, batch, stage):
+        if "views" not in batch:
+            batch["embedding"] = self.backbone(batch["image"])
+            return batch
+        features = [self.backbone(view["image"]) for view in batch["views"]]
+        batch["embedding"] = torch.cat(features).detach()
+        batch["label"] = torch.cat([view["label"] for view in batch["views"]])
+        return {"loss": self.simclr_loss(*map(self.projector, features))}
+
+    model = logo_plugin.wrap(with_forward(writing))
+    *_, knn = evaluators(model)
+    assert fit(model, Views(4), added=[knn], valid=True).callback_metrics["eval/knn_top1"] >= 0
+
+
+def test_eval_mode_is_said():
+    def first_two(self, batch, stage):
+        projections = [self.projector(self.backbone(view["image"])) for view in batch["views"][:2]]
+        return {"loss": self.simclr_loss(*projections)}
+
+    model = logo_plugin.wrap(with_forward(first_two)).eval()
+    with pytest.warns(UserWarning, match="is in eval mode, so its loss is without LoGo's terms"):
+        fit(model, Views(4))
+
+
+class Named(Views):
+    """Views by name, as tensors, local ones first, among other columns."""
+
+    def __getitem__(self, index):
+        views = super().__getitem__(index)["views"]
+        names = ("local_0", "local_1", "global_0", "global_1")
+        named = {name: view["image"] for name, view in zip(names, views[2:] + views[:2], strict=True)}
+        return {"label": index % 4, **named, "words": "of a text"}
+
+
+def test_the_monitor_draws_named_views_in_their_order(tmp_path):
+    found = []
+    for data in (Views(4), Named(4)):
+        logger = pl.pytorch.loggers.CSVLogger(tmp_path)
+        model = logo_plugin.wrap(seeded(functools.partial(stable_hosts.module, "byol")))
+        fit(model, data, added=[LoGoMonitor(images=2)], logger=logger, log_every_n_steps=1)
+        found.append(Image.open(Path(logger.log_dir) / "logo_crops" / "epoch_0000.png").tobytes())
+    assert found[0] == found[1]
+
+
+def test_the_monitor_logs_at_the_hosts_steps(tmp_path):
+    """Where an optimizer steps at every second batch, too."""
+    logger = pl.pytorch.loggers.CSVLogger(tmp_path)
+    model = logo_plugin.wrap(stable_hosts.module("byol", optim={**stable_hosts.OPTIM, "frequency": 2}))
+    fit(model, Views(4), added=[LoGoMonitor()], logger=logger, log_every_n_steps=1, max_epochs=2)
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    steps = [{row["step"] for row in rows if row.get(name)} for name in ("logo/embedding_std", "logo/local_local")]
+    assert steps[0] == {"1", "3", "5", "7"}
+    assert steps[0] <= steps[1]

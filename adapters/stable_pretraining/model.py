@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from logo_plugin.local_predictor import join_groups
 from logo_plugin.observing import Observed, read_pairs
 from logo_plugin.online import Heads, Names, Outputs, outputs_of
-from logo_plugin.stepping import join_optimizer, log_terms, logo_step
+from logo_plugin.stepping import join_optimizer, log_terms, logo_step, warn_of_eval_mode
 from logo_plugin.wrapped import LoGoModel
 
 _LOSSES = ("byol_loss", "simclr_loss", "vicreg_loss", "barlow_loss", "nnclr_loss")
@@ -35,16 +35,22 @@ class StableModel(LoGoModel):
         """The host's; in training on the global views, plus LoGo's terms, which are logged as `logo/...`."""
         own, (batch, stage) = super().__call__, [*args, None, None][:2]
         batch, stage = kwargs.get("batch", batch), kwargs.get("stage", kwargs.get("view2", stage))
-        if not (self.training and torch.is_grad_enabled()) or not isinstance(stage, (str, Tensor)):
-            return own(*args, **kwargs)
         name = type(self).__name__
+        if not (self.training and torch.is_grad_enabled()) or not isinstance(stage, (str, Tensor)):
+            out = own(*args, **kwargs)
+            if not self.training and stage == "fit":
+                warn_of_eval_mode(name, out)
+            return out
         if isinstance(stage, Tensor):
             raise ValueError(
                 f"{name} with LoGo needs local crops, too: call model(batch, stage='fit') with a batch of "
                 "MultiCropCollate instead of model(view1, view2)."
             )
         images, trimmed, boxes = read_batch(batch, self.logo_settings.globals, name)
+        given = {**trimmed}
         out, terms = logo_step(self, lambda _: own(trimmed, stage=stage), images, boxes)
+        # Its callbacks read what a forward has written into the batch.
+        batch.update({key: value for key, value in trimmed.items() if value is not given.get(key)})
         log_terms(self, terms, len(images[0]))
         self._logo_met = True
         return out

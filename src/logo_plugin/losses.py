@@ -152,7 +152,7 @@ class LoGoLoss(nn.Module):
         self.anneal_repulsion = anneal_repulsion is not None and flag("anneal_repulsion", anneal_repulsion)
         # A tensor, which a compiled step reads without being compiled again; checkpoints are without it.
         self.register_buffer("_strength", torch.ones(()) if self.anneal_repulsion else None, persistent=False)
-        self._progress_known = False
+        self._progress_known = self._told_by_trainer = False
         of_learned = [
             ("affinity_loss", affinity_loss, "logistic"),
             ("positive_noise", positive_noise, 0.3),
@@ -202,7 +202,7 @@ class LoGoLoss(nn.Module):
             )
         if self._strength is not None:
             self._strength.fill_((1 + math.cos(math.pi * progress)) / 2)
-            self._progress_known = True
+            self._progress_known, self._told_by_trainer = True, False
 
     def forward(
         self,

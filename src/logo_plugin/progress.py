@@ -12,6 +12,8 @@ def follow_trainer(model: Any) -> None:
     logo: LoGoLoss = model.logo
     if not logo.anneal_repulsion:
         return
+    if logo._told_by_trainer:  # which may have been another one, in a fit before
+        logo._progress_known = False
     try:
         trainer = model.trainer
         done = [trainer.global_step / trainer.max_steps] if trainer.max_steps > 0 else []
@@ -34,3 +36,4 @@ def follow_trainer(model: Any) -> None:
         return
     if done:
         logo.anneal(min(max(done), 1.0))  # the first limit ends it; min_epochs may let it go on
+        logo._told_by_trainer = True

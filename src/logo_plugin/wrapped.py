@@ -295,11 +295,11 @@ class _Kind:
         return self
 
     def __reduce__(self) -> Any:
-        return _kind_of, (mixin_of(self.cls), self.cls._logo_base)
+        return _kind_of, (mixin_of(self.cls), self.cls._logo_base, self.cls._logo_config)
 
 
-def _kind_of(mixin: type[LoGoModel], base: type[nn.Module]) -> _Kind:
-    return _Kind(_subclass(mixin, base, (Settings(), {})))
+def _kind_of(mixin: type[LoGoModel], base: type[nn.Module], config: tuple[Settings, Any]) -> _Kind:
+    return _Kind(_subclass(mixin, base, config))
 
 
 def _new(kind: _Kind) -> Any:
