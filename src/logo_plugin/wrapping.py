@@ -82,8 +82,8 @@ def wrap(
         target: Method (name or callable) that takes global crops to targets. Default: the targets that the criterion
             was given.
         step: For a plain module whose loop LoGo does not know: (model, global views) -> loss, as the loop computes it.
-        concat_local_crops: Forward all local crops as one batch, whose BatchNorm statistics they then share. On a CPU
-            it changed a step's time by -4 to +2 %.
+        concat_local_crops: Forward all local crops as one batch, whose BatchNorm statistics they then share. Faster on
+            small crops.
         checkpoint_local_crops: Compute what the backbone keeps of local crops again in backward, instead of keeping
             it: memory of two views, time of one forward more per local crop.
         local_running_stats: Whether local crops move BatchNorm's running statistics, which evaluation reads, as global
