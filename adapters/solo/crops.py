@@ -100,17 +100,13 @@ def add_local_crops(cfg: DictConfig, options: Mapping[str, Any]) -> None:
     *_, local = cfg.augmentations
     low, high = local.rrc.crop_min_scale, local.rrc.crop_max_scale
     begin = [pipeline.rrc.crop_min_scale for pipeline in cfg.augmentations[:-1] if pipeline.rrc.enabled]
-    _say(
-        f"LoGo adds local crops to your augmentations: {local.num_crops} of "
-        f"{' x '.join(map(str, side_lengths(local)))} px, {low} to {high} of the image"
-        f"{f'; global crops begin at {min(begin)} of it' if begin else ''}."
-    )
-
-
-@rank_zero_only
-def _say(message: str) -> None:
-    """Not by a logger: solo-learn's configs turn those off."""
-    print(message, file=sys.stderr)
+    if not getattr(rank_zero_only, "rank", 0):
+        print(  # not by a logger: solo-learn's configs turn those off
+            f"LoGo adds local crops to your augmentations: {local.num_crops} of "
+            f"{' x '.join(map(str, side_lengths(local)))} px, {low} to {high} of the image"
+            f"{f'; global crops begin at {min(begin)} of it' if begin else ''}.",
+            file=sys.stderr,
+        )
 
 
 def _extended(large: Sequence[Any], options: Mapping[str, Any]) -> ListConfig:
