@@ -18,7 +18,7 @@ from logo_plugin.affinity import Affinity, full_precision
 from logo_plugin.checks import choice, flag, positive_integer, unknown_option, views_alone, warn_of_large_local_crops
 from logo_plugin.compiling import with_gradients_inside
 from logo_plugin.losses import LoGoLoss, LoGoTerms, info_nce
-from logo_plugin.modes import eval_mode
+from logo_plugin.modes import eval_mode, image_channels
 from logo_plugin.presets import with_queue
 from logo_plugin.recomputing import local_forwards
 
@@ -218,12 +218,11 @@ def _features(backbone: nn.Module, sizes: Sequence[int]) -> int:
     for size in sizes:
         positive_integer("each of image_size", size)
     like = next(backbone.parameters())
-    channels = next((module.in_channels for module in backbone.modules() if isinstance(module, nn.Conv2d)), 3)
     shapes: dict[int, tuple[int, ...]] = {}
     try:
         with eval_mode(backbone), torch.no_grad():  # BatchNorm's statistics stay
             for size in sizes:
-                found = backbone(torch.zeros(1, channels, size, size).to(like))
+                found = backbone(torch.zeros(1, image_channels(backbone), size, size).to(like))
                 if not isinstance(found, Tensor):
                     raise TypeError(
                         f"the backbone must give a tensor of features (N, F), and {type(backbone).__name__} gives "

@@ -18,7 +18,7 @@ from logo_plugin.observing import OF_LABELS, Observed
 from logo_plugin.online import Heads, Method, Names, Outputs
 from logo_plugin.refusals import DENSE, OWN_MULTI_CROP, refuse
 from logo_plugin.similarities import negative_cosine
-from logo_plugin.stepping import join_optimizer, log_terms, logo_step, optimizers_of
+from logo_plugin.stepping import groups_of, join_optimizer, log_terms, logo_step
 from logo_plugin.wrapped import LoGoModel, resolve
 
 NAMES = Names(
@@ -163,7 +163,7 @@ class LightningModel(LightlyModel):
         """The model's own, with LoGo's parameters in one of its groups."""
         configured = super().configure_optimizers()  # type: ignore[misc]
         predictor = self.find_heads(self.logo_settings.projector).predictor
-        join_optimizer(self, predictor, [g for found in optimizers_of(configured) for g in found.param_groups])
+        join_optimizer(self, predictor, groups_of(configured))
         return configured
 
 

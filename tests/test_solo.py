@@ -390,14 +390,11 @@ def test_subclass_with_a_loss_of_its_own():
 OFF = {"affinity": False, "local_global_weight": 0, "local_running_stats": False}
 
 
-def of(cls, method="byol", logo=None, **fields):
+def of(cls, method="byol", logo=None):
     """A model of a user's class: stock, or with LoGo's options wrapped."""
-    from omegaconf import OmegaConf
-
     cfg = config(
         method if logo is None else f"logo_{method}", logo, small=0 if logo is None else 2, name="resnet_small"
     )
-    OmegaConf.update(cfg, "optimizer", fields, force_add=True)
     torch.manual_seed(0)
     model = (cls if logo is None else wrap(cls))(cfg)
     model.log_dict = model.log = lambda *args, **kwargs: None

@@ -18,10 +18,11 @@ from logo_plugin.affinity import Affinity
 from logo_plugin.crops import crop_overlap
 from logo_plugin.local_predictor import join_groups, stand_in
 from logo_plugin.losses import LoGoLoss, LoGoTerms, Similarity
+from logo_plugin.observing import HALF_PRECISION
 from logo_plugin.online import images_of
 from logo_plugin.progress import follow_trainer
 from logo_plugin.recomputing import local_forwards
-from logo_plugin.stepping import join_optimizer, optimizers_of
+from logo_plugin.stepping import groups_of, join_optimizer
 from logo_plugin.verifying import known_images
 
 
@@ -99,7 +100,7 @@ class LoGo(BaseMethod):
         """The method's own; what LoGo added joins a group if the method has built them by itself."""
         configured: Any = super().configure_optimizers()
         predictor = getattr(self, "predictor", None)
-        join_optimizer(self, predictor, [g for found in optimizers_of(configured) for g in found.param_groups])
+        join_optimizer(self, predictor, groups_of(configured))
         return configured
 
     def configure_callbacks(self) -> Any:
@@ -223,8 +224,8 @@ class LoGo(BaseMethod):
         found = (first(preds[1], targets[0]) + second(preds[0], targets[1])) / 2
         one = preds[0].new_ones(1, 1)
         half = (one @ one).dtype in (torch.float16, torch.bfloat16)  # also under autocast
-        relative, absolute = (5e-2, 2e-2) if half else (5e-3, 1e-3)
-        near = torch.isclose(found.double(), expected.double(), rtol=relative, atol=absolute)
+        tolerances = HALF_PRECISION if half else {"rtol": 5e-3, "atol": 1e-3}
+        near = torch.isclose(found.double(), expected.double(), **tolerances)
         if torch.isfinite(expected) and not near:
             raise TypeError(
                 f"on the global crops similarity gives {float(found):.6g}, and {type(self).__name__}'s own loss is "

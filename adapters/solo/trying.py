@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from logo_plugin.adapters.solo.options import PREFIX
 from omegaconf import DictConfig, ListConfig
-from torch import nn
 
 from logo_plugin.losses import PRESETS, LoGoLoss
-from logo_plugin.modes import eval_mode
+from logo_plugin.modes import eval_mode, image_channels
 
 _SIZE_HINTS = {"vit": "+backbone.kwargs.dynamic_img_size=True", "swin": "+backbone.kwargs.strict_img_size=False"}
 
@@ -22,7 +21,7 @@ def dry_run(model: Any, cfg: DictConfig) -> int:
             a method that hides from it how the prediction comes from the projection.
     """
     weight = next(model.parameters())
-    channels = next((layer.in_channels for layer in model.backbone.modules() if isinstance(layer, nn.Conv2d)), 3)
+    channels = image_channels(model.backbone)
     for size in [crop.crop_size for crop in cfg.get("augmentations") or []] or [224]:
         height, width = size if isinstance(size, (list, tuple, ListConfig)) else (size, size)
         try:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from logo_plugin.architectures import Architecture, build, under
 from logo_plugin.checkpoints import Source, state_dict_of
 from logo_plugin.matching import Match, matches, why_none
-from logo_plugin.modes import eval_mode
+from logo_plugin.modes import eval_mode, image_channels
 
 # Words in the names that hosts give to networks without gradient; encoder_k is that of MoCo's own code.
 _TARGETS = {"momentum", "target", "teacher", "ema", "key", "k"}
@@ -131,7 +131,7 @@ def _without(source: nn.Module, path: str, left_out: Iterable[str]) -> nn.Module
 def _compare(own: nn.Module, model: nn.Module, side: Any, path: str, wanted: str) -> None:
     usual = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[-2:]
     sides = usual if side is None else (side, side) if isinstance(side, int) else side
-    image = torch.rand(1, _channels(model), *sides, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(1, image_channels(model), *sides, generator=torch.Generator().manual_seed(0))
     try:
         with eval_mode(own), eval_mode(model), torch.no_grad():
             expected, got = own(image).flatten(1), model(image).flatten(1)
@@ -150,7 +150,3 @@ def _compare(own: nn.Module, model: nn.Module, side: Any, path: str, wanted: str
             f"differ by {by}: its stem, pooling or normalisation is another. Export its state_dict() to go on without "
             "this check."
         )
-
-
-def _channels(model: nn.Module) -> int:
-    return next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))

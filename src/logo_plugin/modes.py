@@ -18,6 +18,11 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
+def image_channels(network: nn.Module) -> int:
+    """Channels C of the images (N, C, H, W) that a network takes: those of its first convolution, or 3."""
+    return next((layer.in_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)), 3)
+
+
 def statistics(module: nn.Module, *, every: bool = False) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """(layer, name, buffer) of running statistics, as BatchNorm has them; with `every` of all buffers."""
     for child in module.modules():

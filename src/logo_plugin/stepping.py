@@ -19,7 +19,7 @@ from logo_plugin.crops import CropBoxes, crop_overlap
 from logo_plugin.local_predictor import join_groups
 from logo_plugin.losses import LoGoTerms
 from logo_plugin.modes import statistics
-from logo_plugin.observing import Observed, is_symmetric, losses_of_views, versions
+from logo_plugin.observing import HALF_PRECISION, Observed, is_symmetric, losses_of_views, versions
 from logo_plugin.online import (
     Heads,
     Method,
@@ -212,13 +212,13 @@ def log_terms(model: Any, terms: LoGoTerms | None, batch_size: int) -> None:
         model.log_dict(logged, batch_size=batch_size)
 
 
-def optimizers_of(configured: Any) -> Iterator[Any]:
-    """The optimizers in what a LightningModule's `configure_optimizers` gives."""
+def groups_of(configured: Any) -> Iterator[dict[str, Any]]:
+    """The parameter groups of all optimizers in what a LightningModule's `configure_optimizers` gives."""
     if hasattr(configured, "param_groups"):  # torch's, or a wrapper around one
-        yield configured
+        yield from configured.param_groups
     elif isinstance(configured, (list, tuple, dict)):
         for item in configured.values() if isinstance(configured, dict) else configured:
-            yield from optimizers_of(item)
+            yield from groups_of(item)
 
 
 def join_optimizer(model: Any, predictor: nn.Module | None, groups: Iterable[dict[str, Any]]) -> None:
@@ -264,8 +264,8 @@ def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads, im
     if observed.example is not None:
         pred, target, value = observed.example
         repeated = observed.any_similarity(pred, target)
-        relative, absolute = (5e-2, 2e-2) if pred.dtype.itemsize < 4 else (1e-2, 1e-3)
-        if not torch.allclose(repeated.float(), value.float(), rtol=relative, atol=absolute):
+        tolerances = HALF_PRECISION if pred.dtype.itemsize < 4 else {"rtol": 1e-2, "atol": 1e-3}
+        if not torch.allclose(repeated.float(), value.float(), **tolerances):
             raise RuntimeError(
                 f"{name} has a memory bank and gave {float(value):.4g} where InfoNCE with the bank as negatives gives "
                 f"{float(repeated):.4g}: it is another loss, which LoGo cannot repeat. Use LoGoLoss directly."
