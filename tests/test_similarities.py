@@ -46,14 +46,50 @@ def test_at_once_as_one_by_one(name, apart, count):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-def test_info_nce_longhand():
-    """Against cross-entropy over the written-out logits, with and without a queue."""
-    pred, target = (F.normalize(views(1, seed)[0], dim=1) for seed in (1, 2))
-    in_batch = F.cross_entropy(pred @ target.T / 0.1, torch.arange(5))
-    torch.testing.assert_close(info_nce(3 * pred, 2 * target, temperature=0.1), in_batch)
-    logits = torch.cat([(pred * target).sum(1, keepdim=True), pred @ QUEUE], 1) / 0.1
-    with_queue = F.cross_entropy(logits, torch.zeros(5, dtype=torch.long))
-    torch.testing.assert_close(info_nce(pred, target, queue=QUEUE, temperature=0.1), with_queue)
+def written_out(pred, target, queue=None, temperature=0.1):
+    """InfoNCE as cross-entropy over the logits."""
+    pred, target = (F.normalize(x, dim=1) for x in (pred, target))
+    if queue is None:
+        return F.cross_entropy(pred @ target.T / temperature, torch.arange(len(pred)))
+    logits = torch.cat([(pred * target).sum(1, keepdim=True), pred @ queue], 1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(pred), dtype=torch.long))
+
+
+@pytest.mark.parametrize("queue", [None, QUEUE], ids=["batch", "queue"])
+@pytest.mark.parametrize("globals_", [2, 3])
+def test_info_nce_and_its_gradient_longhand(queue, globals_):
+    """Both are computed in one pass; here by torch's cross-entropy and autograd."""
+    preds, targets, local = views(globals_, 1), views(globals_, 2), views(2, 3)
+    terms = LoGoLoss(similarity=partial(info_nce, queue=queue, temperature=0.1))(
+        global_pred=preds, global_target=[2 * target for target in targets], local_pred=local
+    )
+    pairs = [(p, t) for i, p in enumerate(preds) for j, t in enumerate(targets) if i != j]
+    pairs += [(p, t) for p in local for t in targets]
+    expected = torch.stack([written_out(p, t.detach(), queue) for p, t in pairs]).mean()
+    torch.testing.assert_close(terms.total, expected, rtol=1e-12, atol=1e-12)
+    for got, wanted in zip(*(torch.autograd.grad(x, [*preds, *local]) for x in (terms.total, expected)), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("learned", ["target", "queue", "temperature"])
+def test_info_nce_trains_whatever_learns(learned):
+    pred, target = views(2, 1)
+    queue, temperature = QUEUE.clone().requires_grad_(), torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    given = {"pred": pred, "target": target.detach(), "queue": QUEUE, "temperature": 0.2}
+    given[learned] = {"target": target, "queue": queue, "temperature": temperature}[learned]
+    got, wanted = (torch.autograd.grad(f(**given), [pred, given[learned]]) for f in (info_nce, written_out))
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+
+
+def test_info_nce_keeps_no_logits_for_backward():
+    """With MoCo's 65,536 keys they were most of what a step kept."""
+    queue, kept = F.normalize(torch.randn(8, 4096), dim=0), []
+    preds, targets = views(2, 1, torch.float32), views(2, 2, torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        LoGoLoss(similarity=partial(info_nce, queue=queue))(global_pred=preds, global_target=targets)
+    assert kept
+    assert all(x.data_ptr() == queue.data_ptr() or x.numel() < 4096 for x in kept)
 
 
 def test_other_callables_get_pairs_one_by_one():
@@ -143,10 +179,11 @@ def test_the_cosine_and_its_gradient_longhand(globals_, locals_):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("name", STACKED)
 @pytest.mark.parametrize("globals_", [2, 3])
-def test_the_cosines_gradient_has_a_gradient(globals_):
+def test_their_gradients_have_a_gradient(name, globals_):
     """For second-order optimizers and gradient penalties."""
-    criterion = LoGoLoss(affinity="cosine", local_weight=0.3, anneal_repulsion=False)
+    criterion = LoGoLoss(affinity="cosine", similarity=STACKED[name], local_weight=0.3, anneal_repulsion=False)
     targets = views(globals_, 2)
 
     def total(*x):

@@ -153,14 +153,53 @@ def _info_nce(pred: Tensor, target: Tensor, queue: Tensor | None, temperature: f
         raise ValueError(f"queue must have shape (D, K) with D = {pred.shape[-1]}, got {tuple(queue.shape)}.")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature!r}.")
+    learn = [isinstance(x, Tensor) and x.requires_grad for x in (pred, target, queue, temperature)]
+    if torch.is_grad_enabled() and learn == [True, False, False, False]:
+        mean: Tensor = _MeanInfoNCE.apply(pred, target, queue, temperature)
+        return mean
+    return _info_nce_and_slope(pred, target, queue, temperature, slope=False)[0].mean()
+
+
+class _MeanInfoNCE(torch.autograd.Function):
+    """Keeps its gradient at `pred` for backward, (..., N, D); autograd would keep the logits, (..., N, K)."""
+
+    @staticmethod
+    def forward(ctx: Any, pred: Tensor, target: Tensor, queue: Tensor | None, temperature: float) -> Tensor:
+        values, slope = _info_nce_and_slope(pred, target, queue, temperature)
+        ctx.save_for_backward(pred, target, queue, slope)
+        ctx.temperature, ctx.count = temperature, values.numel()
+        return values.mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        pred, target, queue, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to be differentiated, too
+            _, slope = _info_nce_and_slope(pred, target, queue, ctx.temperature)
+        return (slope * (grad / ctx.count)).to(pred.dtype), None, None, None
+
+
+def _info_nce_and_slope(
+    pred: Tensor, target: Tensor, queue: Tensor | None, temperature: float, *, slope: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """InfoNCE of each pair, (..., N, 1), and with `slope` the gradient of their sum at `pred`."""
     with torch.autocast(pred.device.type, enabled=False):
-        pred, target = unit(pred) / temperature, unit(target)
-        if queue is None:
-            logits = (pred @ target.mT).flatten(0, -2)
-            images = pred.shape[-2]
-            return F.cross_entropy(logits, torch.arange(images, device=pred.device).repeat(len(logits) // images))
+        direction, norm = unit_and_norm(pred)
+        query, target = direction / temperature, unit(target)
         # Each prediction meets the queue once, however many targets it has.
-        negatives = torch.logsumexp(pred @ queue.to(pred), -1)
-        positive = (pred * target).sum(-1)
-        # -log of the share of the positive: log(1 + exp(negatives - positive)).
-        return F.softplus(negatives - positive, threshold=40).mean()
+        keys = target if queue is None else queue.mT.to(query)
+        logits = query @ keys.mT
+        log_shares = logits.log_softmax(-1)
+        if queue is None:
+            values, weight = -log_shares.diagonal(dim1=-2, dim2=-1).unsqueeze(-1), None
+        else:
+            negatives = logits[..., :1] - log_shares[..., :1]  # their logsumexp
+            margin = negatives - (query * target).sum(-1, keepdim=True)
+            # -log of the share of the positive: log(1 + exp(negatives - positive)).
+            values, weight = F.softplus(margin, threshold=40), margin.sigmoid()
+        if not slope:
+            return values, None
+        pull = log_shares.exp() @ keys - target
+        pull = (pull if weight is None else weight * pull).sum_to_size(pred.shape)
+        # What is along the prediction only makes it longer.
+        along = (direction * pull).sum(-1, keepdim=True)
+        return values, torch.addcmul(pull, direction, along, value=-1) / (norm * temperature)
