@@ -71,6 +71,19 @@ def test_info_nce_and_its_gradient_longhand(queue, globals_):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("learned", ["queue", "temperature"])
+def test_what_info_nce_compares_with_may_learn(learned):
+    """Then its gradient at the predictions comes from autograd, too."""
+    given = {"queue": QUEUE.clone(), "temperature": torch.tensor(0.2, dtype=torch.float64)}
+    preds, targets = views(2, 1), views(2, 2)
+    learning = given[learned].requires_grad_()
+    total = LoGoLoss(similarity=partial(info_nce, **given))(global_pred=preds, global_target=targets).total
+    expected = sum(written_out(preds[i], targets[1 - i].detach(), **given) for i in (0, 1)) / 2
+    got, wanted = (torch.autograd.grad(x, [*preds, learning]) for x in (total, expected))
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+
+
 @pytest.mark.parametrize("learned", ["target", "queue", "temperature"])
 def test_info_nce_trains_whatever_learns(learned):
     pred, target = views(2, 1)

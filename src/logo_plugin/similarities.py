@@ -36,7 +36,7 @@ def info_nce(pred: Tensor, target: Tensor, *, queue: Tensor | None = None, tempe
         ValueError: If shapes do not fit, or the temperature is not positive.
     """
     same_shape("pred", [pred], "target", [target])
-    return _info_nce(pred, target, queue, temperature)
+    return _info_nce_and_slope(pred, target, queue, temperature, slope=False)[0].mean()
 
 
 def mean_over_pairs(
@@ -68,7 +68,7 @@ def mean_over_pairs(
         else:
             pairs = [(i, j) for i in range(len(p)) for j in range(len(t)) if i != j]
             p, t = p[[i for i, _ in pairs]], t[[j for _, j in pairs]]
-        return _info_nce(p, t, options.get("queue"), options.get("temperature", 0.2))
+        return _mean_info_nce(p, t, options.get("queue"), options.get("temperature", 0.2))
     return torch.stack(
         [
             _number(score(pred, target))
@@ -147,14 +147,10 @@ def _cosine_and_slope(x: Tensor, toward: Tensor | None) -> tuple[Tensor, Tensor]
     return cosine, torch.addcmul(toward, direction, cosine, value=-1) / norm
 
 
-def _info_nce(pred: Tensor, target: Tensor, queue: Tensor | None, temperature: float) -> Tensor:
-    """The mean InfoNCE of pairs of views, (..., N, D) each, which broadcast."""
-    if queue is not None and (queue.ndim != 2 or queue.shape[0] != pred.shape[-1]):
-        raise ValueError(f"queue must have shape (D, K) with D = {pred.shape[-1]}, got {tuple(queue.shape)}.")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature!r}.")
-    learn = [isinstance(x, Tensor) and x.requires_grad for x in (pred, target, queue, temperature)]
-    if torch.is_grad_enabled() and learn == [True, False, False, False]:
+def _mean_info_nce(pred: Tensor, target: Tensor, queue: Tensor | None, temperature: float) -> Tensor:
+    """The mean InfoNCE of pairs of views, (..., N, D) each, which broadcast; no gradient of `target` is taken."""
+    learned = any(isinstance(x, Tensor) and x.requires_grad for x in (queue, temperature))
+    if pred.requires_grad and torch.is_grad_enabled() and not learned:
         mean: Tensor = _MeanInfoNCE.apply(pred, target, queue, temperature)
         return mean
     return _info_nce_and_slope(pred, target, queue, temperature, slope=False)[0].mean()
@@ -182,6 +178,10 @@ def _info_nce_and_slope(
     pred: Tensor, target: Tensor, queue: Tensor | None, temperature: float, *, slope: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """InfoNCE of each pair, (..., N, 1), and with `slope` the gradient of their sum at `pred`."""
+    if queue is not None and (queue.ndim != 2 or queue.shape[0] != pred.shape[-1]):
+        raise ValueError(f"queue must have shape (D, K) with D = {pred.shape[-1]}, got {tuple(queue.shape)}.")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature!r}.")
     with torch.autocast(pred.device.type, enabled=False):
         direction, norm = unit_and_norm(pred)
         query, target = direction / temperature, unit(target)
