@@ -224,8 +224,8 @@ class LoGo(BaseMethod):
         found = (first(preds[1], targets[0]) + second(preds[0], targets[1])) / 2
         one = preds[0].new_ones(1, 1)
         half = (one @ one).dtype in (torch.float16, torch.bfloat16)  # also under autocast
-        tolerances = HALF_PRECISION if half else {"rtol": 5e-3, "atol": 1e-3}
-        near = torch.isclose(found.double(), expected.double(), **tolerances)
+        relative, absolute = HALF_PRECISION if half else (5e-3, 1e-3)
+        near = torch.isclose(found.double(), expected.double(), rtol=relative, atol=absolute)
         if torch.isfinite(expected) and not near:
             raise TypeError(
                 f"on the global crops similarity gives {float(found):.6g}, and {type(self).__name__}'s own loss is "

@@ -24,8 +24,7 @@ from logo_plugin.compiling import eager
 from logo_plugin.losses import Similarity, info_nce
 
 Key = int | str  # of an argument: its position or its name
-# How near to each other two values of one loss are there.
-HALF_PRECISION = {"rtol": 5e-2, "atol": 2e-2}
+HALF_PRECISION = (5e-2, 2e-2)  # how near to each other two values of one loss are there, relative and absolute
 _CONTAINERS = (list, tuple, set, dict, deque)
 _DICTS = (dict, OrderedDict, defaultdict, Counter)  # others may be read-only
 _DEPTH = 3  # of containers in containers, which may hold themselves
@@ -401,9 +400,9 @@ def versions(*values: Any) -> Any:
 @eager
 def is_symmetric(similarity: Similarity, first: Tensor, second: Tensor) -> bool:
     """Whether the order of the two views makes no difference, on these (N, D)."""
-    tolerances = HALF_PRECISION if first.dtype.itemsize < 4 else {"rtol": 1e-3, "atol": 1e-5}
+    relative, absolute = HALF_PRECISION if first.dtype.itemsize < 4 else (1e-3, 1e-5)
     with torch.no_grad():
-        return torch.allclose(similarity(first, second), similarity(second, first), **tolerances)
+        return torch.allclose(similarity(first, second), similarity(second, first), rtol=relative, atol=absolute)
 
 
 def _is_batch(value: Any) -> bool:

@@ -264,8 +264,8 @@ def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads, im
     if observed.example is not None:
         pred, target, value = observed.example
         repeated = observed.any_similarity(pred, target)
-        tolerances = HALF_PRECISION if pred.dtype.itemsize < 4 else {"rtol": 1e-2, "atol": 1e-3}
-        if not torch.allclose(repeated.float(), value.float(), **tolerances):
+        relative, absolute = HALF_PRECISION if pred.dtype.itemsize < 4 else (1e-2, 1e-3)
+        if not torch.allclose(repeated.float(), value.float(), rtol=relative, atol=absolute):
             raise RuntimeError(
                 f"{name} has a memory bank and gave {float(value):.4g} where InfoNCE with the bank as negatives gives "
                 f"{float(repeated):.4g}: it is another loss, which LoGo cannot repeat. Use LoGoLoss directly."
