@@ -62,6 +62,7 @@ PAIRS = (
     ("cosine, annealed, ratio 0.3", "2 crops, equal compute"),
     ("cosine, annealed, ratio 0.3", "multi-crop"),
     ("cosine, annealed, ratio 0.3", "cosine, annealed"),
+    ("local predictor", "multi-crop"),
     ("release", "2 crops, equal compute"),
     ("release", "multi-crop"),
 )

@@ -4,7 +4,8 @@
     python benchmarks/accuracy_study.py --data data --harvest    # finished runs into benchmarks/results/
     python benchmarks/accuracy_report.py benchmarks/results/{imagenette_60,imagenette_11,accuracy_small}.json \\
         --into docs/results.md --figures docs
-    python benchmarks/accuracy_report.py benchmarks/results/collages_{11,60}.json --into docs/results.md
+    python benchmarks/accuracy_report.py benchmarks/results/{collages_11,collages_60,imagenette_200}.json \\
+        --into docs/results.md
 
 Every run leaves a fifth of the training images out. By k-NN on that fifth 2 crops and multi-crop choose their learning
 rates: three rates with the first seed, the best two of them with three seeds, the better of those by the mean, for

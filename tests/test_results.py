@@ -15,7 +15,10 @@ FIGURE = re.compile(r"([+-]?\d+\.\d ± \d+\.\d)")
 @pytest.mark.parametrize(
     ("page", "runs"),
     [
-        ("results.md", ["imagenette_60", "imagenette_11", "accuracy_small", "collages_11", "collages_60"]),
+        (
+            "results.md",
+            ["imagenette_60", "imagenette_11", "accuracy_small", "collages_11", "collages_60", "imagenette_200"],
+        ),
         ("results_cifar.md", ["accuracy_small"]),
     ],
 )
