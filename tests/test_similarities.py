@@ -71,6 +71,22 @@ def test_info_nce_and_its_gradient_longhand(queue, globals_):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-13)
 
 
+def test_info_nce_by_itself_longhand():
+    pred, target = views(2, 1)
+    for queue in (None, QUEUE):
+        value = info_nce(3 * pred, 2 * target, queue=queue, temperature=0.1)
+        torch.testing.assert_close(value, written_out(pred, target, queue))
+
+
+def test_an_empty_queue():
+    """As one that fills has at first: nothing to tell a prediction from, no loss."""
+    preds, targets = views(2, 1), views(2, 2)
+    total = LoGoLoss(similarity=partial(info_nce, queue=QUEUE[:, :0]))(global_pred=preds, global_target=targets).total
+    total.backward()
+    assert total == info_nce(preds[0], targets[0], queue=QUEUE[:, :0]) == 0
+    assert not any(p.grad.any() for p in preds)
+
+
 @pytest.mark.parametrize("learned", ["queue", "temperature"])
 def test_what_info_nce_compares_with_may_learn(learned):
     """Then its gradient at the predictions comes from autograd, too."""

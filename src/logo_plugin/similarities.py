@@ -188,11 +188,12 @@ def _info_nce_and_slope(
         # Each prediction meets the queue once, however many targets it has.
         keys = target if queue is None else queue.mT.to(query)
         logits = query @ keys.mT
-        log_shares = logits.log_softmax(-1)
         if queue is None:
+            log_shares = logits.log_softmax(-1)
             values, weight = -log_shares.diagonal(dim1=-2, dim2=-1).unsqueeze(-1), None
         else:
-            negatives = logits[..., :1] - log_shares[..., :1]  # their logsumexp
+            negatives = logits.logsumexp(-1, keepdim=True)
+            log_shares = logits - negatives
             margin = negatives - (query * target).sum(-1, keepdim=True)
             # -log of the share of the positive: log(1 + exp(negatives - positive)).
             values, weight = F.softplus(margin, threshold=40), margin.sigmoid()
