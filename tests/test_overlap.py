@@ -23,6 +23,12 @@ def test_overlap_of_known_boxes():
     torch.testing.assert_close(crop_overlap(boxes), torch.tensor(expected))
 
 
+def test_overlap_of_halved_boxes():
+    """Lightning's precision="16-true" casts them, and float16 ends at 65504: areas were infinite, overlaps 0 or nan."""
+    boxes = torch.tensor([[[0.0, 0, 640, 480]], [[0, 0, 320, 480]]])
+    torch.testing.assert_close(crop_overlap(boxes.half()), torch.tensor([[0.5]]))
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 4), (2, 4), (2, 3, 5)])
 def test_overlap_refuses_other_shapes(shape):
     with pytest.raises(ValueError, match=r"\(L, N, 4\) with L >= 2, got \(" + ", ".join(map(str, shape))):

@@ -39,8 +39,8 @@ class CropBoxes(NamedTuple):
 class DeferredViews:
     """Views as the workers leave them with `defer`: uint8, to be finished on the device.
 
-    Call `.to(device)` once per batch; it gives the list of views. Lightning does so by itself. Any
-    other use raises a TypeError, so that unfinished views never reach a model.
+    Call `.to(device)` once per batch; it gives the list of views. Lightning does so by itself. To
+    index or iterate over it raises a TypeError, so that unfinished views never reach a model.
     """
 
     def __init__(
@@ -454,6 +454,8 @@ def crop_overlap(boxes: Tensor) -> Tensor:
     """
     if boxes.ndim != 3 or boxes.shape[2] != 4 or len(boxes) < 2:
         raise ValueError(f"boxes must have shape (L, N, 4) with L >= 2, got {tuple(boxes.shape)}.")
+    if boxes.dtype.itemsize < 4:  # of Lightning's "16-true", where areas would overflow
+        boxes = boxes.float()
     # Computed on the device: for indexes from Python's lists a GPU would have to wait.
     first, second = boxes[torch.triu_indices(len(boxes), len(boxes), 1, device=boxes.device)].unbind()
     corner = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
