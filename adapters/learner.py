@@ -218,11 +218,12 @@ def _features(backbone: nn.Module, sizes: Sequence[int]) -> int:
     for size in sizes:
         positive_integer("each of image_size", size)
     like = next(backbone.parameters())
+    channels = image_channels(backbone)
     shapes: dict[int, tuple[int, ...]] = {}
     try:
         with eval_mode(backbone), torch.no_grad():  # BatchNorm's statistics stay
             for size in sizes:
-                found = backbone(torch.zeros(1, image_channels(backbone), size, size).to(like))
+                found = backbone(torch.zeros(1, channels, size, size).to(like))
                 if not isinstance(found, Tensor):
                     raise TypeError(
                         f"the backbone must give a tensor of features (N, F), and {type(backbone).__name__} gives "

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from logo_plugin.affinity import full_precision
 from logo_plugin.augment import Recipe, augment, blur_radius
 from logo_plugin.checks import choice, unknown_option
 from logo_plugin.decoding import ImageLike, UndecodableError, decode
@@ -454,8 +455,7 @@ def crop_overlap(boxes: Tensor) -> Tensor:
     """
     if boxes.ndim != 3 or boxes.shape[2] != 4 or len(boxes) < 2:
         raise ValueError(f"boxes must have shape (L, N, 4) with L >= 2, got {tuple(boxes.shape)}.")
-    if boxes.dtype.itemsize < 4:  # of Lightning's "16-true", where areas would overflow
-        boxes = boxes.float()
+    boxes = full_precision(boxes)  # those of Lightning's "16-true" would have areas that overflow
     # Computed on the device: for indexes from Python's lists a GPU would have to wait.
     first, second = boxes[torch.triu_indices(len(boxes), len(boxes), 1, device=boxes.device)].unbind()
     corner = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])

@@ -190,17 +190,19 @@ def _info_nce_and_slope(
         logits = query @ keys.mT
         if queue is None:
             log_shares = logits.log_softmax(-1)
-            values, weight = -log_shares.diagonal(dim1=-2, dim2=-1).unsqueeze(-1), None
+            values = -log_shares.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
         else:
             negatives = logits.logsumexp(-1, keepdim=True)
-            log_shares = logits - negatives
             margin = negatives - (query * target).sum(-1, keepdim=True)
             # -log of the share of the positive: log(1 + exp(negatives - positive)).
-            values, weight = F.softplus(margin, threshold=40), margin.sigmoid()
+            values = F.softplus(margin, threshold=40)
         if not slope:
             return values, None
-        pull = log_shares.exp() @ keys - target
-        pull = (pull if weight is None else weight * pull).sum_to_size(pred.shape)
+        if queue is None:
+            pull = log_shares.exp() @ keys - target
+        else:
+            pull = margin.sigmoid() * ((logits - negatives).exp() @ keys - target)
+        pull = pull.sum_to_size(pred.shape)
         # What is along the prediction only makes it longer.
         along = (direction * pull).sum(-1, keepdim=True)
         return values, torch.addcmul(pull, direction, along, value=-1) / (norm * temperature)
