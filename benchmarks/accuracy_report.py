@@ -125,6 +125,8 @@ def read(paths):
         for record in (record for part in parts for record in json.loads(part)):
             setting = record["setting"]
             name = f"{setting.get('dataset', 'cifar10')} {setting.get('schedule', '')}".strip()
+            if "schedule" in setting and setting["precision"] == "32-true":  # the study's others are bf16
+                name += " fp32"
             found[name][record["method"], record["arm"]][record.get("lr")][record["seed"]] = record
     return {name: dict(runs) for name, runs in found.items()}
 

@@ -4,8 +4,9 @@
     python benchmarks/accuracy_study.py --data data --harvest    # finished runs into benchmarks/results/
     python benchmarks/accuracy_report.py benchmarks/results/{imagenette_60,imagenette_11,accuracy_small}.json \\
         --into docs/results.md --figures docs
-    python benchmarks/accuracy_report.py benchmarks/results/{collages_11,collages_60,imagenette_200}.json \\
-        --into docs/results.md
+    python benchmarks/accuracy_report.py --into docs/results.md \\
+        benchmarks/results/{collages_11,collages_60,imagenette_200,imagenette_11_fp32}.json
+    python benchmarks/accuracy_study.py --data data --fp32  # what one factor moves, for CPUs without AVX512-BF16
 
 Every run leaves a fifth of the training images out. By k-NN on that fifth 2 crops and multi-crop choose their learning
 rates: three rates with the first seed, the best two of them with three seeds, the better of those by the mean, for
@@ -27,7 +28,7 @@ RESULTS = Path(__file__).parent / "results"
 MAIN = [*CHOOSERS, "learned affinity", "release"]
 RATES = {"byol": [0.2, 0.4, 0.8], "moco-both": [0.1, 0.2, 0.4], "simsiam": [0.1, 0.2, 0.4]}
 MOVED = {("simsiam", "multi-crop"): [0.05, 0.1, 0.2, 0.4]}  # the best was at the edge
-COMMON = ["--backbone", "tiny", "--batch-size", "64", "--queue", "4096", "--precision", "bf16-mixed", "--validate"]
+COMMON = ["--backbone", "tiny", "--batch-size", "64", "--queue", "4096", "--validate"]
 ONE_FACTOR = [
     *("ratio 0.1", "ratio 0.005", "ratio 0.05", "ratio 0.3"),  # 0.015 is the release
     *("cosine", "cosine, ratio 0.005", "cosine, ratio 0.015", "cosine, ratio 0.05", "cosine, ratio 0.3"),
@@ -124,6 +125,10 @@ STAGES = [
     ("imagenette", "byol", ONE_FACTOR, [4, 5], 11),
     ("imagenette", "moco-both", PREDICTORLESS, [4, 5], 11),
 ]
+# The same in full precision, whose runs are compared with each other only.
+FP32_STAGES = [
+    ("imagenette", "moco-both", [MAIN[1], "cosine, annealed, ratio 0.3", KEY[0], *KEY[3:], KEY[1]], [3, 4, 5], 11),
+]
 
 
 def main():
@@ -131,6 +136,7 @@ def main():
     parser.add_argument("--data", required=True, help="the data sets' folder, as for accuracy.py")
     parser.add_argument("--output", type=Path, default=Path("accuracy_runs"), help="folder of the runs")
     parser.add_argument("--harvest", action="store_true", help="write the finished runs into benchmarks/results/")
+    parser.add_argument("--fp32", action="store_true", help="the runs of FP32_STAGES, without autocast")
     options = parser.parse_args()
     if options.harvest:
         harvest(options.output)
@@ -145,7 +151,8 @@ def main():
 def advance(options):
     """Does the first run that can be done. Gives "ran", or "busy" if others are at all that is left, or "there"."""
     states = set()
-    for dataset, method, arms, seeds, epochs in STAGES:
+    for dataset, method, arms, seeds, epochs in FP32_STAGES if options.fp32 else STAGES:
+        schedule = schedule_name(epochs, options.fp32)
         for seed in seeds:
             for arm in arms:
                 rates = candidates(options.output, dataset, method, arm, seed, epochs)
@@ -154,9 +161,10 @@ def advance(options):
                     continue
                 job = [*COMMON, "--data", options.data, "--dataset", dataset, "--methods", method, "--arms", arm]
                 job += ["--seeds", str(seed), "--epochs", str(epochs), "--every", str(round(epochs / 4))]
-                job += ["--lr", *map(str, rates), "--output", f"{options.output}/{dataset}/{epochs}"]
-                if results(dataset, epochs).exists():
-                    job += ["--known", str(results(dataset, epochs))]
+                job += ["--precision", "32-true" if options.fp32 else "bf16-mixed"]
+                job += ["--lr", *map(str, rates), "--output", f"{options.output}/{dataset}/{schedule}"]
+                if results(dataset, schedule).exists():
+                    job += ["--known", str(results(dataset, schedule))]
                 attempts = {accuracy.train_run(*one) for one in accuracy.runs(accuracy.parse(job))}
                 if "ran" in attempts:
                     return "ran"
@@ -191,23 +199,32 @@ def candidates(output, dataset, method, arm, seed, epochs):
 
 
 def harvest(output):
-    for dataset, epochs in dict.fromkeys((dataset, epochs) for dataset, *_, epochs in STAGES):
-        records = gather(output, dataset, epochs)
+    schedules = [
+        (dataset, schedule_name(epochs, fp32))
+        for fp32, stages in ((False, STAGES), (True, FP32_STAGES))
+        for dataset, *_, epochs in stages
+    ]
+    for dataset, schedule in dict.fromkeys(schedules):
+        records = gather(output, dataset, schedule)
         if records:
             lines = ",\n".join(json.dumps(record) for record in records)
-            results(dataset, epochs).write_text(f"[\n{lines}\n]\n")
+            results(dataset, schedule).write_text(f"[\n{lines}\n]\n")
 
 
-def gather(output, dataset, epochs):
+def gather(output, dataset, schedule):
     """The records of a schedule's results and of its folder of runs, each once."""
-    path = results(dataset, epochs)
+    path = results(dataset, schedule)
     records = json.loads(path.read_text()) if path.exists() else []
-    records += [json.loads(run.read_text()) for run in sorted((output / dataset / str(epochs)).glob("*.json"))]
+    records += [json.loads(run.read_text()) for run in sorted((output / dataset / str(schedule)).glob("*.json"))]
     return list({tuple(r[k] for k in ("method", "arm", "seed", "lr")): r for r in records}.values())
 
 
-def results(dataset, epochs):
-    return RESULTS / f"{dataset}_{epochs}.json"
+def schedule_name(epochs, fp32):
+    return f"{epochs}_fp32" if fp32 else str(epochs)
+
+
+def results(dataset, schedule):
+    return RESULTS / f"{dataset}_{schedule}.json"
 
 
 if __name__ == "__main__":
