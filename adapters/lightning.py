@@ -238,7 +238,10 @@ def _global_crops(model: Any) -> int:
 def _picture(views: Sequence[Tensor], images: int, trainer: Any, global_crops: int) -> Tensor:
     """A grid, uint8 (3, H, W), with a row for each image: its crops, each at its own size, under two headings."""
     loader = trainer.train_dataloader
-    makers = (getattr(loader, "collate_fn", None), getattr(getattr(loader, "dataset", None), "transform", None))
+    makers, dataset = [getattr(loader, "collate_fn", None)], getattr(loader, "dataset", None)
+    while dataset is not None:  # inside Subset, random_split's
+        makers.append(getattr(dataset, "transform", None))
+        dataset = getattr(dataset, "dataset", None)
     # MultiCropTransform's or solo-learn's FastCrops'. Where they are not known ImageNet's: colours are off by little.
     known: Any = next((maker for maker in makers if isinstance(getattr(maker, "std", None), tuple)), MultiCropTransform)
     height, width = (max(view.shape[i] for view in views) for i in (2, 3))

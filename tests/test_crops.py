@@ -383,6 +383,57 @@ def test_skipping_warns_once_per_file_and_keeps_the_batch(photograph, tmp_path):
     assert samples[2][2] == "bad.jpg"
 
 
+def test_an_index_is_no_file_name(photograph, tmp_path):
+    """Third items of samples that are numbers: files are told apart by their paths, and all are warned of."""
+    collate = MultiCropCollate(**SMALL, on_error="skip")
+    paths = [tmp_path / f"{n}.jpg" for n in range(2)]
+    for path in paths:
+        with pytest.warns(UserWarning, match=rf"sample 1 of the batch \(.*{path.name}\): cannot decode"):
+            collate([(photograph, 0, 0), (path, 1, 1)])
+    for _ in range(2):  # what has no name is warned of each time
+        with pytest.warns(UserWarning, match="sample 1 of the batch: cannot decode"):
+            collate([(photograph, 0, 0), (b"x", 1, 1)])
+
+
+def test_an_unsuitable_file_is_named(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "colour.png")
+    gray = MultiCropCollate(**SMALL, mean=(0.5,), std=(0.2,), hue=0, saturation=0, grayscale_p=0)
+    with pytest.raises(TypeError, match=r"sample 1 of the batch \(.*colour\.png\): mean has 1 number"):
+        gray([(Image.new("L", (9, 9)), 0), (tmp_path / "colour.png", 1)])
+
+
+def test_encoded_bytes_of_any_container(photograph):
+    """As LMDB, HDF5 and torchvision.io.read_file give them."""
+    file = encoded(photograph, "JPEG")
+    array = np.frombuffer(file, np.uint8)
+    expected = seeded(MultiCropTransform(**SMALL), file)
+    for same_file in (bytearray(file), memoryview(file), array, torch.tensor(array), array.repeat(2)[::2]):
+        assert same(seeded(MultiCropTransform(**SMALL), same_file), expected)
+        assert same(seeded(MultiCropCollate(**SMALL), [(same_file, 1)])[0], [view[None] for view in expected])
+
+
+def test_half_precision_images(photograph):
+    image = (pil_to_tensor(photograph) // 2 * 2).div(256).to(torch.bfloat16)
+    for view, other in zip(*(seeded(MultiCropTransform(**SMALL), x) for x in (image, image.float())), strict=True):
+        assert torch.equal(view, other)
+
+
+@pytest.mark.parametrize(
+    ("image", "match"),
+    [
+        ([(Image.new("RGB", (9, 9)), 0)] * 2, r"one image, got a list of 2.*collate_fn.*use MultiCropCollate"),
+        ([Image.new("RGB", (9, 9))], r"one image, got a list of 1"),
+        (
+            {"image": [1], "label": [0]},
+            r"got a dict of image, label.*without with_transform.*MultiCropCollate\(image_key=",
+        ),
+    ],
+)
+def test_the_transform_says_what_belongs_to_the_collate(image, match):
+    with pytest.raises(TypeError, match=f"MultiCropTransform takes .*{match}"):
+        MultiCropTransform(**SMALL)(image)
+
+
 def test_skipping_draws_the_substitute_at_random():
     collate = MultiCropCollate(**SMALL, on_error="skip")
     samples = [(image, i, str(i)) for i, (image, _) in enumerate(tiles(3))] + [(b"", 3, "3")]
@@ -419,7 +470,16 @@ def test_a_batch_without_any_good_image_is_an_error():
         ),
         ([np.zeros((3, 9, 9), np.uint8)], r"\(3, 9, 9\) of uint8.*np.moveaxis\(image, 0, -1\)"),
         ([np.zeros((9, 9, 4), np.uint8)], r"\(9, 9, 4\) of uint8.*none is dropped.*mean= and std="),
-        ([np.zeros(9, np.uint8)], r"got an array \(9,\)"),
+        ([np.zeros(9, np.float32)], r"got an array \(9,\)"),
+        ([io.BytesIO(b"x")], r"got BytesIO\. Of an open file give what its read\(\) gives"),
+        (
+            [(np.zeros((9, 9, 3), np.uint8), 0), (np.zeros((9, 9, 4), np.uint8), 1)],
+            "sample 1 of the batch: an image must",
+        ),
+        (
+            [{"image": Image.new("RGB", (9, 9)), "label": label} for label in (1, None)],
+            r"the dicts beside the images, with label in sample 0, can't be stacked .*image_key=\"image\", target_key=",
+        ),
         ([([torch.zeros(3, 9, 9)] * 2, 0)], "an image is a list of 2 already.*Remove the transform"),
         ([{"jpg": Image.new("RGB", (9, 9))}], "got dict. Of dicts, image_key= says where the image is"),
         ([torch.zeros(9, 9, 3, dtype=torch.uint8)], r"\(9, 9, 3\)"),
@@ -474,6 +534,25 @@ def test_bad_options_say_what_was_expected(option, value, match):
     with pytest.raises(ValueError, match=match) as error:
         MultiCropCollate(**{option: value})
     assert str(value) in str(error.value)
+
+
+def test_integers_of_numpy():
+    made = MultiCropCollate(global_size=np.int64(40), local_crops=np.uint8(1))
+    assert repr(made) == repr(MultiCropCollate(global_size=40, local_crops=1))
+
+
+def test_a_subclass_has_the_arguments_that_it_says():
+    class Mine(MultiCropCollate):
+        def __init__(self, side, *, log=None):
+            super().__init__(global_size=side, local_size=side // 2)
+            object.__setattr__(self, "log", log)
+
+    made = Mine(48, log="here")
+    assert (made.log, [view.shape[-1] for view in made([Image.new("RGB", (9, 9))])[0]]) == ("here", [48, 48, 24, 24])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'size'"):
+        Mine(size=3)
+    with pytest.raises(TypeError, match="MultiCropCollate: unknown option size"):
+        MultiCropCollate(size=3)
 
 
 @pytest.mark.parametrize("cls", [MultiCropCollate, MultiCropTransform])

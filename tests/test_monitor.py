@@ -15,7 +15,7 @@ from lightly.loss import NegativeCosineSimilarity
 from lightning.pytorch.loggers import CSVLogger
 from photos import tiles
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from logo_plugin import LoGoMonitor, LoGoTerms, MultiCropCollate, MultiCropTransform, diagnose
 
@@ -172,7 +172,7 @@ class Transformed(list):
         return self.transform(image), target
 
 
-@pytest.mark.parametrize("made", ["in workers", "on the device", "by the dataset"])
+@pytest.mark.parametrize("made", ["in workers", "on the device", "by the dataset", "by a subset's dataset"])
 def test_picture_shows_the_crops(made, tmp_path):
     """Without augmentation: the pixels of the photographs, white around smaller crops, a word over each kind."""
     options = {
@@ -183,6 +183,9 @@ def test_picture_shows_the_crops(made, tmp_path):
     loader = DataLoader(tiles(4), batch_size=4, collate_fn=collate)
     if made == "by the dataset":
         loader = DataLoader(Transformed(tiles(4), MultiCropTransform(**options)), batch_size=4)
+    if made == "by a subset's dataset":
+        dataset = Transformed(tiles(6), MultiCropTransform(**options))
+        loader = DataLoader(Subset(Subset(dataset, range(5)), range(4)), batch_size=4)
     fit(make(), loader=loader, logger=CSVLogger(tmp_path), callbacks=[LoGoMonitor(images=2)])
     picture = Image.open(tmp_path / "lightning_logs/version_0/logo_crops/epoch_0000.png")
     assert picture.size == (2 + 4 * 50, 14 + 2 + 2 * 50)

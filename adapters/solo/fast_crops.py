@@ -14,7 +14,7 @@ from torch.utils.data import default_collate
 from torchvision.datasets import ImageFolder
 
 from logo_plugin.crops import DeferredViews, MultiCropTransform
-from logo_plugin.decoding import UndecodableError, decode
+from logo_plugin.decoding import UndecodableError, decode, placed_error
 from logo_plugin.placement import placed
 
 
@@ -48,7 +48,8 @@ class FastCrops:
         self.pipelines: list[MultiCropTransform] = []
         for i, (crop, pipeline) in enumerate(zip(augmentations, stock.transforms, strict=True)):
             sides, normalize = side_lengths(crop), pipeline.transform.transforms[-1]
-            mean, std = tuple(normalize.mean), tuple(normalize.std)
+            # One number is for all three channels, as solo-learn's transform takes it.
+            mean, std = (tuple(np.broadcast_to(values, 3).tolist()) for values in (normalize.mean, normalize.std))
             refused = {
                 "rrc.enabled=false": not crop.rrc.enabled,
                 "equalization.prob": bool(crop.equalization.prob),
@@ -99,7 +100,7 @@ class FastCrops:
             try:
                 pixels = decode(image)
             except UndecodableError as error:
-                what = error.of(f"image {index} of the dataset", image if isinstance(image, str) else None)
+                what = placed_error(error, f"image {index} of the dataset", image if isinstance(image, str) else None)
                 raise ValueError(f"{what} Remove or replace it.") from error
             height, width = pixels.shape[:2]
             drawn = [recipe for pipeline in self.pipelines for recipe in pipeline.draw(width, height)]

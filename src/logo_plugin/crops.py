@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 import os
 import reprlib
 import warnings
@@ -12,13 +13,14 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from logo_plugin.affinity import full_precision
 from logo_plugin.augment import Recipe, augment, blur_radius
 from logo_plugin.checks import choice, unknown_option
-from logo_plugin.decoding import ImageLike, UndecodableError, decode
+from logo_plugin.decoding import ImageLike, UndecodableError, decode, placed_error
 from logo_plugin.placement import PLACEMENTS, placed
 
 Range = tuple[float, float]
@@ -54,12 +56,17 @@ class DeferredViews:
 
         Args:
             device: Where the model is, also "cpu".
-            non_blocking: As in `Tensor.to`; useful with `pin_memory`.
+            non_blocking: As in `Tensor.to`; what is pinned (`pin_memory`) never blocks.
 
         Returns:
             The views, globals first, each (N, C, H, W), float32.
         """
-        views = [view.to(device, non_blocking=non_blocking) for view in self._views]
+        if isinstance(device, torch.dtype):
+            raise TypeError(
+                f"views are finished in float32 on a device, got {device}: write .to(device), then convert."
+            )
+        # Pinned ones as Lightning moves pinned tensors.
+        views = [view.to(device, non_blocking=non_blocking or view.is_pinned()) for view in self._views]
         shift, scale = (x.to(device) for x in _statistics(tuple(self._mean), tuple(self._std)))
         recipes: Sequence[list[Recipe] | None] = self._recipes or [None] * len(views)
         return [_finished(view, drawn, shift, scale) for view, drawn in zip(views, recipes, strict=True)]
@@ -74,7 +81,7 @@ class DeferredViews:
             "Write `views = batch[0].to(device)` before using them."
         )
 
-    __iter__ = __len__ = __getitem__ = _unfinished
+    __iter__ = __len__ = __getitem__ = cuda = _unfinished
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +157,8 @@ class MultiCropTransform:
 
     def __new__(cls: type[T], *positional: Any, **options: Any) -> T:
         """Refuses what the dataclass's own `__init__` would, with a message that helps."""
+        if "__dataclass_fields__" not in vars(next(base for base in cls.__mro__ if "__init__" in vars(base))):
+            return super().__new__(cls)  # a subclass whose own __init__ says what it takes
         valid = {option.name for option in fields(cls) if option.init}
         if positional:
             raise TypeError(
@@ -161,9 +170,9 @@ class MultiCropTransform:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name in ("global_crops", "global_size", "local_size"):
-            _check(self, name, "an integer >= 1", lambda v: type(v) is int and v >= 1)
-        _check(self, "local_crops", "an integer >= 0", lambda v: type(v) is int and v >= 0)
+        for name, least in {"global_crops": 1, "global_size": 1, "local_size": 1, "local_crops": 0}.items():
+            _check(self, name, f"an integer >= {least}", functools.partial(_integer, least))
+            object.__setattr__(self, name, operator.index(getattr(self, name)))  # numpy's, too
         for name in ("global_scale", "local_scale"):
             _check(self, name, "(low, high) with 0 < low <= high <= 1", lambda v: 0 < v[0] <= v[1] <= 1 and len(v) == 2)
         choice("local_placement", self.local_placement, PLACEMENTS)
@@ -227,6 +236,17 @@ class MultiCropTransform:
             ValueError: If the image cannot be decoded.
             TypeError: If it is none of these kinds.
         """
+        if isinstance(image, Mapping) and image.keys() != {"bytes", "path"}:
+            raise TypeError(
+                f"MultiCropTransform takes an image, got a dict of {', '.join(map(str, image))}. Hand it the image "
+                "alone; or leave the dataset without a transform (Hugging Face's without with_transform) and give the "
+                'DataLoader collate_fn=MultiCropCollate(image_key="image", target_key="label"), or what they are named.'
+            )
+        if isinstance(image, list) and image and isinstance(image[0], (tuple, Mapping, Tensor, Image.Image)):
+            raise TypeError(
+                f"MultiCropTransform takes one image, got a list of {len(image)}. For a batch, as collate_fn of a "
+                "DataLoader, use MultiCropCollate, which has the same options."
+            )
         pixels = decode(image, len(self.mean))
         recipes = self.draw(pixels.shape[1], pixels.shape[0])
         views = self._empty(np.float32)
@@ -311,7 +331,8 @@ class MultiCropCollate(MultiCropTransform):
             then travel as uint8 in a `DeferredViews`. None finishes them in the workers.
         return_boxes: Append `CropBoxes` to the batch (instead of what `MultiCropTransform` does).
         on_error: What to do with an image that cannot be decoded: "raise", or "skip", which warns
-            once per file (and worker) and puts new crops of another image of the batch in its place.
+            once per file (and worker) and puts new crops of another image of the batch in its place. What is no
+            image, or has other channels, is an error with both.
         image_key: Samples are dicts (Hugging Face's, webdataset's), and this is where their image is.
         target_key: And this where their target is; None where they have none.
         **options: Those of `MultiCropTransform`.
@@ -391,6 +412,8 @@ class MultiCropCollate(MultiCropTransform):
                 self._report(n, row, error)
                 recipes.append([])
                 bad.append(n)
+            except TypeError as error:
+                raise TypeError(placed_error(error, f"sample {n} of the batch", _file_name(row))) from error
         good = [n for n in range(len(rows)) if n not in bad]
         if not good:
             raise ValueError(f"none of the {len(rows)} images of the batch can be decoded; see the warnings for each.")
@@ -430,12 +453,11 @@ class MultiCropCollate(MultiCropTransform):
 
     def _report(self, position: int, row: Sequence[Any], error: UndecodableError) -> None:
         """Raises or warns, naming the sample."""
-        image = row[0].get("path") if isinstance(row[0], Mapping) else row[0]
-        name = row[2] if len(row) == 3 else image if isinstance(image, (str, os.PathLike)) else None
-        message = error.of(f"sample {position} of the batch", name)
+        name = _file_name(row)
+        message = placed_error(error, f"sample {position} of the batch", name)
         if self.on_error == "raise":
             raise ValueError(f'{message} Remove it, or replace bad images with on_error="skip".') from error
-        if name is None or str(name) not in self._warned:
+        if name is None or name not in self._warned:
             self._warned.add(str(name))
             warnings.warn(f"{message} Another image takes its place.", stacklevel=3)
 
@@ -462,6 +484,12 @@ def crop_overlap(boxes: Tensor) -> Tensor:
     intersection = corner.clamp_min(0).prod(-1)
     union = sum((side[..., 2:] - side[..., :2]).prod(-1) for side in (first, second)) - intersection
     return intersection / union
+
+
+def _file_name(row: Sequence[Any]) -> str | None:
+    """The third of (image, target, filename), else the path that is the image, if there is one."""
+    image = row[0].get("path") if isinstance(row[0], Mapping) else row[0]
+    return next((str(item) for item in (*row[2:], image) if isinstance(item, (str, os.PathLike))), None)
 
 
 def _picked(sample: Any, name: str, image: str, target: str | None) -> tuple[Any, ...]:
@@ -503,6 +531,12 @@ def _stacked(targets: list[Any]) -> Any:
     try:
         return default_collate(targets)
     except Exception as error:  # torch's message doesn't say of what
+        if isinstance(targets[0], dict):
+            raise TypeError(
+                f"the dicts beside the images, with {', '.join(map(str, targets[0]))} in sample 0, can't be stacked "
+                f"({type(error).__name__}: {error}). If the samples are dicts, name the one column that you want "
+                'beside the images, or none, as in MultiCropCollate(image_key="image", target_key="label").'
+            ) from error
         kinds = [f"a tensor {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__ for t in targets]
         other = next((n for n, kind in enumerate(kinds) if kind != kinds[0]), 0)
         also = f", that of sample {other} is {kinds[other]}" if other else ""
@@ -548,6 +582,10 @@ def _statistics(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor
 
 def _between(low: float, high: float, u: float) -> float:
     return low + (high - low) * u
+
+
+def _integer(least: int, value: Any) -> bool:
+    return not isinstance(value, bool) and operator.index(value) >= least
 
 
 def _check(options: object, name: str, expected: str, valid: Callable[[Any], bool]) -> None:

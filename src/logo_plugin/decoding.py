@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 Array = np.ndarray[Any, Any]
-Encoded = bytes | str | os.PathLike[str]
+Encoded = bytes | bytearray | memoryview | str | os.PathLike[str]
 ImageLike = Image.Image | Tensor | Array | Encoded | Mapping[str, Encoded | None]
 
 # Pillow's pixels in three quarters of its time. torchvision has deprecated it: where it is gone, Pillow decodes.
@@ -25,19 +25,20 @@ _RGB = 3  # torchvision.io.ImageReadMode.RGB
 class UndecodableError(ValueError):
     """The image cannot be decoded."""
 
-    def of(self, place: str, name: object = None) -> str:
-        """The message for who has many images: where this one is, and its name if it has one."""
-        return f"{place}{'' if name is None else f' ({name})'}: {self}"
+
+def placed_error(error: Exception, place: str, name: str | None) -> str:
+    """The message for who has many images: where this one is, and its name if it has one."""
+    return f"{place}{'' if name is None else f' ({name})'}: {error}"
 
 
 def decode(image: ImageLike, channels: int = _RGB) -> Tensor:
     """Decodes an image of any kind and mode, once.
 
     Args:
-        image: PIL image, encoded bytes (JPEG, PNG, WebP, ...), a path, {"bytes": ..., "path": ...} with one of them
-            (Hugging Face's), array (H, W) or (H, W, 1 or 3), or tensor (1 or 3, H, W). Arrays and tensors are uint8,
-            uint16 or floating point in [0, 1]. Of a file's or PIL image's 16 bits the upper eight are kept, its
-            transparency is dropped, EXIF orientation is ignored.
+        image: PIL image, encoded bytes (JPEG, PNG, WebP, ..., also as an array or tensor of one dimension, as in HDF5),
+            a path, {"bytes": ..., "path": ...} with one of them (Hugging Face's), array (H, W) or (H, W, 1 or 3), or
+            tensor (1 or 3, H, W). Arrays and tensors are uint8, uint16 or floating point in [0, 1]. Of a file's or PIL
+            image's 16 bits the upper eight are kept, its transparency is dropped, EXIF orientation is ignored.
         channels: Of another number than 3 none is dropped and none made up: arrays and tensors have as many, and what
             Pillow opens as many bands (L, LA, I;16, RGBA), whose 16 bits are kept.
 
@@ -50,6 +51,8 @@ def decode(image: ImageLike, channels: int = _RGB) -> Tensor:
             Pillow's limit against decompression bombs (with more than once there is Pillow's warning).
         TypeError: If it is none of these kinds, or has another number of channels.
     """
+    if isinstance(image, (Tensor, np.ndarray)) and image.ndim == 1 and str(image.dtype) in ("torch.uint8", "uint8"):
+        image = np.asarray(image).tobytes()
     if channels != _RGB:
         return _decode_channels(image, channels)
     if isinstance(image, (Tensor, np.ndarray)):
@@ -92,10 +95,12 @@ def _decode_channels(image: ImageLike, channels: int) -> Tensor:
     return pixels
 
 
-def _encoded(image: Any) -> Image.Image | Encoded:
+def _encoded(image: Any) -> Image.Image | bytes | str | os.PathLike[str]:
     """What Pillow opens."""
     if isinstance(image, Mapping) and image.keys() == {"bytes", "path"}:  # Hugging Face's Image(decode=False)
         image = image["path"] if image["bytes"] is None else image["bytes"]
+    if isinstance(image, (bytearray, memoryview)):
+        return bytes(image)
     if image is None:
         raise UndecodableError("there is no image, only None.")
     if isinstance(image, (list, tuple)):
@@ -110,6 +115,7 @@ def _encoded(image: Any) -> Image.Image | Encoded:
         )
     if not isinstance(image, (Image.Image, bytes, str, os.PathLike)):
         also = " Of dicts, image_key= says where the image is." if isinstance(image, Mapping) else ""
+        also += " Of an open file give what its read() gives." if hasattr(image, "read") else ""
         raise TypeError(
             "an image must be a PIL image, an array (H, W, C), a tensor (C, H, W), encoded bytes or a path, "
             f"got {type(image).__name__}.{also}"
@@ -119,7 +125,10 @@ def _encoded(image: Any) -> Image.Image | Encoded:
 
 def _in_range(image: Tensor | Array) -> Tensor:
     """(H, W, C), uint8, or float32 in [0, 255]."""
-    array = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
+    if isinstance(image, Tensor):  # numpy has no bfloat16
+        array = (image.float() if image.dtype == torch.bfloat16 else image).detach().cpu().numpy()
+    else:
+        array = image
     if (array.ndim != 3 and (isinstance(image, Tensor) or array.ndim != 2)) or not array.size:
         raise TypeError(
             f"an image must be an array (H, W) or (H, W, C), or a tensor (C, H, W), got {_described(image)}."
@@ -132,7 +141,7 @@ def _in_range(image: Tensor | Array) -> Tensor:
         # A copy where torch can't share it.
         return torch.from_numpy(array if array.flags.writeable and min(array.strides) >= 0 else array.copy())
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
-        return torch.from_numpy(array.astype(np.float32) * np.float32(255 / 65535))
+        return torch.from_numpy(np.multiply(array, np.float32(255 / 65535), dtype=np.float32))
     if array.dtype.kind != "f":
         raise TypeError(
             f"an image must be uint8, uint16 or floating point in [0, 1], got {_described(image)}. Divide it by its "
@@ -144,7 +153,7 @@ def _in_range(image: Tensor | Array) -> Tensor:
             f"a floating-point image must be in [0, 1], got values from {low:.3g} to {high:.3g}. If a transform of the "
             "dataset's has normalised it, remove the transform; else divide it by its largest possible value."
         )
-    return torch.from_numpy(array.astype(np.float32) * np.float32(255))
+    return torch.from_numpy(np.multiply(array, np.float32(255), dtype=np.float32))
 
 
 def _bands(image: Image.Image | bytes | str | os.PathLike[str]) -> Array:
