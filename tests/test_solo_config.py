@@ -604,7 +604,8 @@ def stock_pipeline(crops, dataset="cifar10"):
     return FullTransformPipeline([NCropAugmentation(build_transform_pipeline(dataset, c), c.num_crops) for c in crops])
 
 
-def test_fast_crops_follow_the_config():
+@pytest.mark.parametrize(("dataset", "statistics"), [("cifar10", {}), ("custom", {"mean": 0.5, "std": [0.25]})])
+def test_fast_crops_follow_the_config(dataset, statistics):
     """Without any chance left in it, a fast crop is solo-learn's to a rounding of 8 bits, wherever it is finished."""
     _, adapter = import_solo()
     still = {
@@ -615,10 +616,11 @@ def test_fast_crops_follow_the_config():
         "solarization": {"prob": 1.0},
         "horizontal_flip": {"prob": 1.0},
         "num_crops": 2,
+        **statistics,
     }
     crops = [crop_config(**still), crop_config(**(still | {"crop_size": [24, 24], "solarization": {"prob": 0.0}}))]
     samples = [(7 + n, image, target) for n, (image, target) in enumerate(tiles(3))]
-    stock = stock_pipeline(crops)
+    stock = stock_pipeline(crops, dataset)
     expected = default_collate([(index, stock(image), target) for index, image, target in samples])
     for defer in ("normalize", "augment"):
         fast = adapter.FastCrops(crops, stock, defer=defer, return_boxes=True)
