@@ -65,7 +65,7 @@ class PlainModel(LightlyModel):
 
 
 def _known_step(model: PlainModel, settings: Settings, criterion: nn.Module, heads: Heads) -> Step:
-    if takes_two_views(model):
+    if takes_two_views(model) and (_is_lightlys(criterion) or _is_lightlys(model)):
         return _two_view_step
     target, kind = _target(model, settings), "bank" if has_queue(criterion) else _kind(criterion, heads)
     parts = (kind, heads.predictor is not None, target is not None)
@@ -103,7 +103,6 @@ def _may_give_targets(module: nn.Module, model: PlainModel, heads: Heads) -> boo
 
 def _kind(criterion: nn.Module, heads: Heads) -> str | None:
     """A symmetric criterion is a "similarity" of each image's pair or a "contrast" over the batch; others are None."""
-    lightlys = any(cls.__module__.startswith("lightly.loss") for cls in type(criterion).__mro__)
     try:
         first, second = torch.randn(2, 8, width(heads.projector), generator=torch.Generator().manual_seed(0)).to(
             next(heads.projector.parameters()).device
@@ -113,12 +112,18 @@ def _kind(criterion: nn.Module, heads: Heads) -> str | None:
             return None
         with torch.no_grad():
             whole, unit = loss(first, second), loss(F.normalize(first, dim=1), F.normalize(second, dim=1))
-            if not (lightlys or torch.allclose(unit, whole, rtol=1e-3)):
+            if not (_is_lightlys(criterion) or torch.allclose(unit, whole, rtol=1e-3)):
                 return None  # the loop may normalise, or not
+            if loss(first, first) > whole:
+                return None  # a similarity, not a loss: the loop takes its negative
             halves = (loss(first[:4], second[:4]) + loss(first[4:], second[4:])) / 2
             return "similarity" if torch.allclose(halves, whole, rtol=1e-3) else "contrast"
     except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return None
+
+
+def _is_lightlys(module: nn.Module) -> bool:
+    return any(cls.__module__.startswith("lightly.") for cls in type(module).__mro__)
 
 
 def _target(model: PlainModel, settings: Settings) -> str | Callable[[Tensor], Tensor] | None:

@@ -200,11 +200,33 @@ class DetachedPairs(SimSiam):
         return self.criterion((z0.detach(), p0), (z1.detach(), p1))
 
 
+class Similarity(nn.Module):
+    def forward(self, pred, target):
+        return -cosine(pred, target)
+
+
+class EachImage(SimSiam):
+    """A similarity of each image's two views, of which the step makes the loss, as SimSiam's release does."""
+
+    loss = nn.CosineSimilarity
+
+    def training_step(self, batch, batch_idx):
+        (z0, p0), (z1, p1) = map(self.both, batch[0])
+        return -(self.criterion(p0, z1.detach()) + self.criterion(p1, z0.detach())).mean() / 2
+
+
+class WeighsImages(EachImage):
+    def training_step(self, batch, batch_idx):
+        (z0, p0), (z1, p1) = map(self.both, batch[0])
+        each = self.criterion(p0, z1.detach()) + self.criterion(p1, z0.detach())
+        return -(each * torch.linspace(0, 1, len(each))).mean()
+
+
 @pytest.mark.parametrize(
     "model",
     [
         *(InPlace, Centred, NoGradForward, InferenceForward, TwoArguments, Pairs),
-        *(DetachesInTheLoss, DetachesTheFirst, DetachedPairs),
+        *(DetachesInTheLoss, DetachesTheFirst, DetachedPairs, EachImage),
     ],
 )
 def test_as_by_hand(model):
@@ -884,6 +906,7 @@ class PredictsInTheLoss(SimSiam):
         (InOneCall, "called with 12 predictions of 6 images, .* Call it once for each view"),
         (Residual, "something else than the output of the projection_head or prediction_head"),
         (Subtracted, "subtracted for others, as for negatives"),
+        (WeighsImages, "weighs images unequally"),
         (Overwritten, "changes in place what it has given .* with .clone"),
         (Reentrant, "use_reentrant=False"),
         (Lists, "takes lists of views"),
@@ -1423,6 +1446,56 @@ def test_a_plain_loop_that_may_normalise():
     with pytest.raises(ValueError, match=r"cannot tell what your loop computes .* step="):
         wrap(Network(), criterion=Contrast())
     wrap(Network(), criterion=NTXentLoss())
+
+
+class OneNetwork(nn.Module):
+    """As in SimSiam's and MoCo's releases: the projector is the network's last layer, and forward takes both views."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(conv(), nn.Flatten(), mlp(8, 10))
+        self.predictor = mlp(10, 10)
+
+    def forward(self, x1, x2):
+        z1, z2 = self.encoder(x1), self.encoder(x2)
+        return self.predictor(z1), self.predictor(z2), z1.detach(), z2.detach()
+
+
+@pytest.mark.parametrize("criterion", [nn.CosineSimilarity(), Similarity()])
+def test_a_plain_loop_around_one_network(criterion):
+    """The release's loop minimises the negative of a similarity, which LoGo does not guess: step= says so."""
+
+    def step(model, views):
+        p1, p2, z1, z2 = model(x1=views[0], x2=views[1])
+        return (criterion(p1, z2).mean() + criterion(p2, z1).mean()) / -2
+
+    torch.manual_seed(0)
+    host, views = OneNetwork(), batch()[0]
+    with pytest.raises(ValueError, match=r"has no projection_head .* with a dot, as 'encoder\.fc'"):
+        wrap(copy.deepcopy(host), criterion=criterion)
+    with pytest.raises(ValueError, match=r"cannot tell what your loop computes .* step="):
+        wrap(copy.deepcopy(host), criterion=criterion, projector="encoder.2")
+    wrapped = wrap(copy.deepcopy(host), criterion=criterion, projector="encoder.2", step=step, affinity=None)
+    host.both = lambda x: (z := host.encoder(x), host.predictor(z))
+    loss, expected = wrapped(views), total(*by_hand(host, views))
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for parameter, other in zip(wrapped.parameters(), host.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_similarity_is_no_loss_of_a_plain_loop():
+    """BYOL's or SimSiam's parts with a criterion that is larger for equal views: the loop takes its negative."""
+
+    class Parts(Network):
+        def __init__(self):
+            super().__init__()
+            self.prediction_head = mlp(10, 10)
+
+    with pytest.raises(ValueError, match=r"cannot tell what your loop computes .* step="):
+        wrap(Parts(), criterion=Similarity())
+    wrap(Parts(), criterion=NegativeCosineSimilarity())
 
 
 def test_a_projector_in_a_list():

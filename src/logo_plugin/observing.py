@@ -37,7 +37,8 @@ class Call(NamedTuple):
     Attributes:
         args: What it was given.
         kwargs: The same, by name.
-        value: What it returned; the step has a copy, which it may change in place.
+        value: What it returned, a scalar or one number for each image; the step has a copy, which it may change in
+            place.
         negatives: What the criterion's memory bank held before the step, (D, K).
         given: What tells whether `args` and `kwargs` are still what they were.
         autocast: The device type, whether it was under autocast there, and to which dtype.
@@ -104,13 +105,13 @@ OF_LABELS = (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCELoss, nn.BCEWithLogitsLoss, 
 
 @contextmanager
 def losses_of_views(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """While it lasts, what modules make of two (N, D) is recorded, by name, if it is one number; not of labels."""
+    """While it lasts, what modules make of two (N, D) is recorded, by name, if it is a loss; not of labels."""
     found: dict[str, Tensor] = {}
 
     @eager
     def record(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
         sides = [x for x in (*args, *kwargs.values()) if _is_batch(x)]
-        if len(sides) == 2 and isinstance(value, Tensor) and not value.ndim:
+        if len(sides) == 2 and isinstance(value, Tensor) and value.ndim < 2:
             found[name] = value
 
     with ExitStack() as stack:
@@ -221,13 +222,21 @@ def read(
             return None
         raise RuntimeError(f"the training step never called {name}; name the right criterion with criterion=.")
     for call in watched.calls:
-        if not isinstance(call.value, Tensor) or call.value.ndim:
+        if not isinstance(call.value, Tensor) or call.value.ndim > 1:
             got = f"shape {tuple(call.value.shape)}" if isinstance(call.value, Tensor) else type(call.value).__name__
-            raise RuntimeError(f"{name} returned {got}, and LoGo needs a loss that is one number.")
+            raise RuntimeError(
+                f"{name} returned {got}, and LoGo needs a loss that is one number, or one for each image."
+            )
     learning = [call for call in watched.calls if call.value.requires_grad]
     values = [call.value for call in learning]
     weights = torch.autograd.grad(host_loss, values, retain_graph=True, allow_unused=True) if values else ()
     used = [(weight, call) for weight, call in zip(weights, learning, strict=True) if weight is not None]
+    if not optional and any(weight.ndim and bool((weight != weight[0]).any()) for weight, _ in used):
+        raise RuntimeError(
+            f"{name} returned a number for each image, and the step does not take their mean or sum but weighs images "
+            "unequally, which LoGo cannot repeat for local crops. Use LoGoLoss directly."
+        )
+    used = [(weight.sum(), call) for weight, call in used]  # of the mean over images
     if not used and optional:
         return None
     if not used:
@@ -252,7 +261,7 @@ def read(
         if temperature is None:
             raise RuntimeError(f"{name} has a memory bank but no temperature, so its InfoNCE cannot be repeated.")
         similarities = [partial(info_nce, queue=watched.calls[0].negatives, temperature=temperature)]
-        example = parts[0].preds[0].detach(), parts[0].targets[-1], used[0][1].value.detach()
+        example = parts[0].preds[0].detach(), parts[0].targets[-1], used[0][1].value.detach().mean()
     else:
         if any(part.others != parts[0].others for part in parts):  # a margin, say, that is another in each call
             similarities = [similarity for _, similarity in targets.values()]
@@ -260,7 +269,7 @@ def read(
         if _STATEFUL[criterion]:
             similarities = [on_a_copy(criterion, similarity, name, watched.start) for similarity in similarities]
     weighed = torch.stack([weight for weight, _ in used])
-    found = torch.stack([call.value for _, call in used])
+    found = torch.stack([call.value.mean() for _, call in used])
     scale = weighed.sum()
     return Observed(
         weighed,
@@ -421,8 +430,8 @@ def _repeat(criterion: nn.Module, call: Call, pred_key: Key, target_key: Key) ->
             holder[key] = value.to(holder[key].dtype)
         same = torch.is_autocast_enabled(device) == enabled
         with nullcontext() if same else torch.autocast(device, dtype, enabled):
-            value = criterion(*args, **kwargs)
-        return value  # type: ignore[no-any-return]
+            loss: Tensor = criterion(*args, **kwargs)
+        return loss.mean() if loss.ndim else loss
 
     return similarity
 

@@ -77,7 +77,8 @@ def find_heads(model: nn.Module, names: Names, projector: str | None = None) -> 
         return first
     raise ValueError(
         f"{type(model).__name__} has no {' / '.join(wanted)}, whose output the affinity compares. If it compares "
-        "projections (N, D) of two views, name its projector with projector='...'; else LoGo cannot extend it."
+        "projections (N, D) of two views, name its projector with projector='...' (one that is a layer of another part "
+        "with a dot, as 'encoder.fc'); else LoGo cannot extend it."
     )
 
 
@@ -258,21 +259,26 @@ COMPOSED = "backbone, projector, predictor"
 
 
 def composed(heads: Heads, backbone: nn.Module) -> tuple[str, Method]:
-    """Backbone, projector and predictor in turn."""
+    """Backbone, projector and predictor in turn; or a network whose last layer the projector is, and the predictor."""
+    whole = heads.projector in backbone.modules()
 
     def run(images: Tensor) -> Any:
-        out = heads.projector(backbone(images).flatten(start_dim=1))
+        out = backbone(images)
+        out = out if whole else heads.projector(out.flatten(start_dim=1))
         return out if heads.predictor is None else heads.predictor(out)
 
-    return COMPOSED, run
+    return "the network that ends with the projector, predictor" if whole else COMPOSED, run
 
 
 def _sized(method: Method, images: Tensor, global_shape: Sequence[int]) -> Any:
     try:
         return method(images)
     except (RuntimeError, ValueError, AssertionError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError) or tuple(images.shape[1:]) == tuple(
-            global_shape or images.shape[1:]
+        of_call = isinstance(error.__cause__, (AttributeError, TypeError))  # what online= names takes something else
+        if (
+            isinstance(error, torch.cuda.OutOfMemoryError)
+            or of_call
+            or tuple(images.shape[1:]) == tuple(global_shape or images.shape[1:])
         ):
             raise
         raise RuntimeError(

@@ -167,7 +167,9 @@ class LoGoModel(nn.Module):
 
     def online_methods(self, heads: Heads) -> list[tuple[str, Method]]:
         """(name, images -> ...) of what may run backbone and heads, the likeliest first."""
-        backbone = self.find_backbone(heads)
+        parts = heads.owner.children()
+        holders = (part for part in parts if part is not heads.projector and heads.projector in part.modules())
+        backbone = self.find_backbone(heads) or next(holders, None)
         return [] if backbone is None else [composed(heads, backbone)]
 
     def call_logo(self, method: str | Callable[[Tensor], Any], images: Tensor) -> Any:
