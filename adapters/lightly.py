@@ -23,7 +23,7 @@ from logo_plugin.wrapped import LoGoModel, resolve
 
 NAMES = Names(
     projector=("projection_head", "projection_mlp", "projector"),
-    predictor=("prediction_head", "prediction_mlp", "predictor"),
+    predictor=("prediction_head", "prediction_mlp", "predictor", "online_predictor"),
 )
 _ONLINE = ("forward_student", "forward_query_encoder", "forward")
 _MASKED = "compares masked views with their prototypes, not two views with each other. LoGo cannot extend it"
@@ -31,6 +31,7 @@ _ALL_VIEWS = "takes lists of views, and as many as there are. LoGo has nothing t
 _REFUSED = {
     "DINOLoss": OWN_MULTI_CROP,
     "SwaVLoss": OWN_MULTI_CROP,
+    "SWAVLoss": OWN_MULTI_CROP,  # lightning-bolts'
     "LeJEPALoss": OWN_MULTI_CROP,
     "IBOTPatchLoss": OWN_MULTI_CROP,
     "MSNLoss": _MASKED,
@@ -110,7 +111,8 @@ class LightlyModel(LoGoModel):
     def _brings(self, name: str) -> bool:
         """Whether the user's class has a method (LightningModule and Module bring a forward of their own)."""
         brought = getattr(self._logo_base, name, None)
-        return callable(brought) and not brought.__module__.startswith(("torch.", "lightning.", "pytorch_lightning."))
+        module = getattr(brought, "__module__", None) or ""  # none of torch.fx's
+        return callable(brought) and not module.startswith(("torch.", "lightning.", "pytorch_lightning."))
 
 
 class LightningModel(LightlyModel):

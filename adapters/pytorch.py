@@ -40,15 +40,31 @@ class PlainModel(LightlyModel):
         """Of views (and their boxes), the loss; of a tensor, what the user's own forward gives."""
         x, *boxes = args or [kwargs.get("x")]
         if not isinstance(x, (list, tuple, DeferredViews)):
-            return super().forward(*args, **kwargs)
+            out = super().forward(*args, **kwargs)
+            loss = out.get("loss") if isinstance(out, dict) else out
+            if isinstance(loss, Tensor) and not loss.ndim and "_logo_at_step" not in self.__dict__:
+                self._warn_of_a_loss_without_logo(loss)
+            return out
         if not args:
             del kwargs["x"]
         step: Any = self.logo_settings.step
         views_alone(type(self).__name__, x)
         views = views_of([x], type(self).__name__)
-        loss, _ = logo_step(self, lambda crops: step(self, crops), views, *boxes, **kwargs)
+        self.__dict__["_logo_at_step"] = True
+        try:
+            loss, _ = logo_step(self, lambda crops: step(self, crops), views, *boxes, **kwargs)
+        finally:
+            del self.__dict__["_logo_at_step"]
         self._warn_if_affinity_rests()
         return loss
+
+    def _warn_of_a_loss_without_logo(self, loss: Tensor) -> None:
+        if self.training and loss.requires_grad:
+            warnings.warn(
+                f"{type(self).__name__} was given a tensor and gave its own loss, without LoGo. Give it the list of "
+                "views, model(views), and say with step= how the loss comes from them.",
+                stacklevel=4,
+            )
 
     def _warn_if_affinity_rests(self) -> None:
         if self.logo.affinity is None or not self.training:
@@ -155,6 +171,11 @@ def _two_view_step(model: PlainModel, views: Sequence[Tensor]) -> Tensor:
     """lightly.models of lightly 1.5, whose forward takes both views."""
     criterion = resolve(model, model.logo_settings.criterion)
     outs = super(PlainModel, model).forward(views[0], views[1])
+    if not isinstance(outs, (tuple, list)) or len(outs) != 2:
+        raise RuntimeError(
+            f"forward gives {type(outs).__name__} where lightly's gave a pair; say with step= what your loop computes, "
+            "as step=lambda model, views: model(*views) if that is the loss itself."
+        )
     if isinstance(outs[0], Tensor) or type(criterion).__name__.startswith("Sym"):
         return criterion(*outs)  # type: ignore[no-any-return]
     (z0, p0), (z1, p1) = outs

@@ -603,7 +603,9 @@ def test_an_epoch_of_another_loss():
     model = wrap(Other())
     model.training_step(batch(), 0)
     model.other = True
-    torch.testing.assert_close(model.training_step(batch(), 0), model.both(batch()[0][0])[0].pow(2).mean())
+    with pytest.warns(UserWarning, match="this step did not call NegativeCosineSimilarity of Other, .* without LoGo"):
+        loss = model.training_step(batch(), 0)
+    torch.testing.assert_close(loss, model.both(batch()[0][0])[0].pow(2).mean())
 
 
 class NormalisedFeatures(OnlyParts):
@@ -1461,8 +1463,9 @@ class OneNetwork(nn.Module):
         return self.predictor(z1), self.predictor(z2), z1.detach(), z2.detach()
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("criterion", [nn.CosineSimilarity(), Similarity()])
-def test_a_plain_loop_around_one_network(criterion):
+def test_a_plain_loop_around_one_network(criterion, checkpoint):
     """The release's loop minimises the negative of a similarity, which LoGo does not guess: step= says so."""
 
     def step(model, views):
@@ -1475,7 +1478,8 @@ def test_a_plain_loop_around_one_network(criterion):
         wrap(copy.deepcopy(host), criterion=criterion)
     with pytest.raises(ValueError, match=r"cannot tell what your loop computes .* step="):
         wrap(copy.deepcopy(host), criterion=criterion, projector="encoder.2")
-    wrapped = wrap(copy.deepcopy(host), criterion=criterion, projector="encoder.2", step=step, affinity=None)
+    options = {"step": step, "affinity": None, "checkpoint_local_crops": checkpoint}
+    wrapped = wrap(copy.deepcopy(host), criterion=criterion, projector="encoder.2", **options)
     host.both = lambda x: (z := host.encoder(x), host.predictor(z))
     loss, expected = wrapped(views), total(*by_hand(host, views))
     loss.backward()
@@ -1483,6 +1487,180 @@ def test_a_plain_loop_around_one_network(criterion):
     torch.testing.assert_close(loss, expected)
     for parameter, other in zip(wrapped.parameters(), host.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-3, atol=1e-5)
+
+
+class Doubling(OnlyParts):
+    """Its method makes two views of each image, so each local crop would count twice."""
+
+    def forward(self, x):
+        return self.both(torch.cat([x, x.flip(-1)]))[1]
+
+    def training_step(self, batch, batch_idx):
+        (z0, p0), (z1, p1) = map(self.both, batch[0])
+        return 0.5 * (self.criterion(p0, z1.detach()) + self.criterion(p1, z0.detach()))
+
+
+class ForInference(SimSiam):
+    """The forward of the docs of many a model: features are not trained there, and the step does not use it."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            h = self.backbone(x).flatten(1)
+        return self.prediction_head(self.projection_head(h))
+
+
+class ThroughACopy(SimSiam):
+    def __init__(self):
+        super().__init__()
+        self.frozen = copy.deepcopy(self.backbone).requires_grad_(False)
+
+    def through_the_copy(self, x):
+        return self.prediction_head(self.projection_head(self.frozen(x).flatten(1)))
+
+
+class OtherDict(SimSiam):
+    def training_step(self, batch, batch_idx):
+        return {"cost": super().training_step(batch, batch_idx)}
+
+
+class OfOneTensor(nn.Module):
+    def forward(self, features):
+        return cosine(*features.chunk(2))
+
+
+class OneTensor(SimSiam):
+    loss = OfOneTensor
+
+    def training_step(self, batch, batch_idx):
+        return self.criterion(self.both(torch.cat(batch[0]))[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (Doubling, {}, r"Doubling makes 12 predictions of 6 crops, .* with online="),
+        (ForInference, {}, r"local crops would not go through backbone.* with online="),
+        (ThroughACopy, {"online": "through_the_copy"}, r"local crops would not go through backbone"),
+        (OtherDict, {}, r'the step of OtherDict gives a dict of cost, .*or a dict with the "loss"'),
+        (OneTensor, {}, r"both views are in one tensor, give the criterion two, .*chunk\(2\)"),
+    ],
+)
+def test_what_would_train_local_crops_wrongly(model, options, message):
+    torch.manual_seed(0)
+    wrapped = wrap(model(), **options)
+    before = copy.deepcopy(wrapped.state_dict())
+    if model is ThroughACopy:  # at the start the copy gives what the backbone does, and gradients must tell
+        assert torch.equal(wrapped.frozen[0].weight, wrapped.backbone[0].weight)
+    with pytest.raises(RuntimeError, match=message):
+        wrapped.training_step(batch(), 0)
+    assert all(torch.equal(p, before[name]) for name, p in wrapped.named_parameters())
+
+
+class Arm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.projector = conv(), mlp(8, 10)
+
+
+class Arms(pl.LightningModule):
+    """As in lightning-bolts: backbone and projector in a part, the predictor beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.online_network, self.predictor, self.criterion = Arm(), mlp(10, 10), NegativeCosineSimilarity()
+
+    def both(self, x):
+        z = self.online_network.projector(self.online_network.backbone(x).flatten(1))
+        return z, self.predictor(z)
+
+    training_step, configure_optimizers = SimSiam.training_step, SimSiam.configure_optimizers
+
+
+def test_a_predictor_beside_the_part_with_the_projector():
+    torch.manual_seed(0)
+    wrapped = check(Arms(), by_hand)
+    assert wrapped._logo_online == "backbone, projector, predictor"
+    assert wrap(Arms(), local_predictor=True).logo_local_predictor is not None
+
+
+def test_a_copy_whose_step_calls_another_criterion_says_so():
+    criterion = nn.CosineSimilarity()
+
+    def step(model, views):
+        p1, p2, z1, z2 = model(*views)
+        return (criterion(p1, z2).mean() + criterion(p2, z1).mean()) / -2
+
+    torch.manual_seed(0)
+    model = wrap(OneNetwork(), criterion=criterion, step=step, projector="encoder.2", affinity=None)
+    model(batch()[0])
+    with pytest.warns(UserWarning, match="did not call CosineSimilarity of OneNetwork, .* wrap the model anew"):
+        copy.deepcopy(model)(batch()[0])
+
+
+def test_a_plain_loop_left_as_it_was_says_so():
+    class GivesTheLoss(OneNetwork):
+        def forward(self, images):
+            z = self.encoder(images)
+            (z1, z2), (p1, p2) = z.detach().chunk(2), self.predictor(z).chunk(2)
+            return (self.criterion(p1, z2) + self.criterion(p2, z1)) / 2
+
+    torch.manual_seed(0)
+    model = GivesTheLoss()
+    model.criterion = NegativeCosineSimilarity()
+    images = torch.cat(batch()[0][:2])
+    options = {"online": lambda x: model.predictor(model.encoder(x)), "projector": "encoder.2", "affinity": None}
+    wrapped = wrap(model, step=lambda model, views: model(torch.cat(views)), **options)
+    with pytest.warns(
+        UserWarning, match=r"GivesTheLoss was given a tensor .* without LoGo\. Give it the list of views"
+    ):
+        wrapped(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrapped(batch()[0])
+        wrapped.eval()(images)
+        with torch.no_grad():
+            wrapped.train()(images)
+
+
+def test_global_crops_of_two_sizes_are_named():
+    class Four(SimSiam):
+        def training_step(self, batch, batch_idx):
+            outs = [self.both(x) for x in batch[0]]
+            return torch.stack([self.criterion(p, z.detach()) for _, p in outs for z, _ in outs]).mean()
+
+    views = [*batch()[0], *batch()[0][2:]]
+    torch.manual_seed(0)
+    model = wrap(Four(), global_crops=4, affinity=None)
+    with pytest.warns(UserWarning, match=r"first 4 views have different sizes, .*MultiCropCollate\(global_crops=4\)"):
+        model.training_step([views, batch()[1]], 0)
+
+
+@pytest.mark.parametrize("criterion", [cosine, "measure"])
+def test_a_function_is_no_criterion(criterion):
+    model = Network()
+    model.measure = cosine
+    with pytest.raises(
+        ValueError, match=r"neither a loss module .* must become a module.*class Criterion\(nn.Module\)"
+    ):
+        wrap(model, criterion=criterion)
+
+
+def test_a_loss_itself_from_a_forward_of_two_views():
+    class Itself(OneNetwork):
+        def forward(self, x1, x2):
+            p1, p2, z1, z2 = super().forward(x1, x2)
+            return {"loss": 0.5 * (self.criterion(p1, z2) + self.criterion(p2, z1))}
+
+    torch.manual_seed(0)
+    model = Itself()
+    model.criterion = NegativeCosineSimilarity()
+    wrapped = wrap(copy.deepcopy(model), projector="encoder.2", affinity=None)
+    with pytest.raises(RuntimeError, match=r"forward gives dict .* with step= what your loop computes"):
+        wrapped(batch()[0])
+    options = {"projector": "encoder.2", "affinity": None, "step": lambda model, views: model(*views)["loss"]}
+    loss = wrap(copy.deepcopy(model), **options)(batch()[0])
+    model.both = lambda x: (z := model.encoder(x), model.predictor(z))
+    torch.testing.assert_close(loss, total(*by_hand(model, batch()[0])))
 
 
 def test_a_similarity_is_no_loss_of_a_plain_loop():

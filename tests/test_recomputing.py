@@ -150,5 +150,5 @@ def test_what_it_cannot_do_is_refused():
             self.net = self.backbone
             del self.backbone
 
-    with pytest.raises(ValueError, match="needs an attribute 'backbone', and Renamed has none"):
+    with pytest.raises(ValueError, match="needs an attribute 'backbone' or 'encoder', and Renamed has none"):
         wrap(Renamed(), checkpoint_local_crops=True)

@@ -6,6 +6,7 @@ called once more as the host called it, with a local crop's prediction in the pl
 
 import copy
 import math
+import warnings
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,10 @@ from logo_plugin.compiling import eager
 from logo_plugin.losses import Similarity, info_nce
 
 Key = int | str  # of an argument: its position or its name
+AS_MODULE = (
+    "A loss that is a function must become a module, whose forward calls it, and which the step calls instead: "
+    "class Criterion(nn.Module): def forward(self, p, z): return function(p, z)."
+)
 HALF_PRECISION = (5e-2, 2e-2)  # how near to each other two values of one loss are there, relative and absolute
 _CONTAINERS = (list, tuple, set, dict, deque)
 _DICTS = (dict, OrderedDict, defaultdict, Counter)  # others may be read-only
@@ -219,8 +224,15 @@ def read(
     name = f"{type(criterion).__name__} of {model}"
     if not watched.calls:
         if optional:
+            warnings.warn(
+                f"this step did not call {name}, as those before did, so it was without LoGo. If that is not meant "
+                "(the step of a copied or unpickled model calls another criterion, say), wrap the model anew.",
+                stacklevel=2,
+            )
             return None
-        raise RuntimeError(f"the training step never called {name}; name the right criterion with criterion=.")
+        raise RuntimeError(
+            f"the training step never called {name}; name the right criterion with criterion=. {AS_MODULE}"
+        )
     for call in watched.calls:
         if not isinstance(call.value, Tensor) or call.value.ndim > 1:
             got = f"shape {tuple(call.value.shape)}" if isinstance(call.value, Tensor) else type(call.value).__name__
@@ -335,6 +347,12 @@ class _Part(NamedTuple):
     others: dict[Key, Any]  # what else the criterion was given
 
 
+_BOTH_IN_ONE = (
+    " If both views are in one tensor, give the criterion two, first, second = features.chunk(2), and let it do all "
+    "that follows, logits and cross-entropy, too."
+)
+
+
 def _read_call(call: Call, criterion: nn.Module, name: str, others: str) -> _Part:
     """The row of the table of criteria (docs/methods.md) that a call falls into."""
     given: dict[Key, Any] = dict([*enumerate(call.args), *call.kwargs.items()])
@@ -361,6 +379,7 @@ def _read_call(call: Call, criterion: nn.Module, name: str, others: str) -> _Par
         raise RuntimeError(
             f"{name} was called with {shapes or 'no tensors'}, and LoGo extends losses of two views, a prediction "
             "(N, D) and a target (N, D): masks, dense maps, prototypes and labels are beyond it."
+            + (_BOTH_IN_ONE if [*map(_is_batch, tensors.values())] == [True] else "")
             + (f" If one of {others} is such a loss, name it with criterion=." if others else "")
         )
     rest = {key: value for key, value in given.items() if key not in tensors}

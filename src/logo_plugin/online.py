@@ -67,7 +67,7 @@ def find_heads(model: nn.Module, names: Names, projector: str | None = None) -> 
             for part in name.split("."):
                 head = getattr(head, part, None)
             if isinstance(head, nn.Module):
-                predictors = (getattr(owner, n, None) for n in names.predictor)
+                predictors = (getattr(part, n, None) for part in (owner, model) for n in names.predictor)
                 predictor = next((p for p in predictors if isinstance(p, nn.Module)), None)
                 heads = Heads(owner, head, predictor)
                 if heads.trained:
@@ -295,6 +295,11 @@ def _predictions(
     if source is not None:
         head = heads.predictor if source.is_predictor and heads.predictor is not None else heads.projector
         preds = ran[head]
+        if (made := sum(map(len, preds))) != len(batch):
+            raise RuntimeError(
+                f"{type(heads.owner).__name__} makes {made} predictions of {len(batch)} crops, as a method does that "
+                "makes or takes several views of an image. Name the method from images to predictions with online=."
+            )
         return [F.normalize(p, dim=1) for p in preds] if source.normalized else preds
     pred = out[-1] if isinstance(out, (tuple, list)) else out
     if not isinstance(pred, Tensor) or pred.ndim != 2 or pred.shape != (len(batch), features or pred.shape[1]):

@@ -89,6 +89,12 @@ def _logo_step(
     first = not model._logo_sources
     if first and settings.global_crops is None:
         warn_of_large_local_crops(views, count)
+    elif first and len(sides := {tuple(view.shape[-2:]) for view in global_views}) > 1:
+        warnings.warn(
+            f"global_crops={count}, and the first {count} views have different sizes, {sorted(sides)}: the smaller "
+            f"ones may be local crops. Make as many global ones, MultiCropCollate(global_crops={count}).",
+            stacklevel=3,
+        )
     heads, before = model.find_heads(settings.projector), versions(*global_views)
     backbone, given = model.find_backbone(heads), [*global_views]  # a list that the step may change
     with (
@@ -106,7 +112,13 @@ def _logo_step(
         )
     if out is None:
         return None, None
-    host_loss = out["loss"] if isinstance(out, dict) else out
+    host_loss = out.get("loss") if isinstance(out, dict) else out
+    if not isinstance(host_loss, Tensor):
+        got = f"a dict of {', '.join(map(str, out))}" if isinstance(out, dict) else type(out).__name__
+        raise RuntimeError(
+            f"the step of {name} gives {got}, and LoGo adds its terms to a loss: let it give a tensor, or a dict with "
+            'the "loss".'
+        )
     observed = observe(host_loss)
     if observed is None:
         return out, None

@@ -185,11 +185,13 @@ def _check_trained(
     own = {id(p): n for n, p in model.named_parameters() if not n.startswith("logo")}
     more, less = (reached - trained) & own.keys(), (trained - reached) & own.keys()
     networks = [{id(p) for p in part.parameters()} for part in (way.backbone, *way.heads.modules) if part is not None]
+    children = [{id(p) for p in child.parameters()} for child in way.heads.owner.children()]
     if not look.comparable:  # layers may be left out at random, but not all of a network
-        children = [{id(p) for p in child.parameters()} for child in way.heads.owner.children()]
         more = more & set().union(*(ids for ids in networks if not ids & trained))
         less = less & set().union(*(ids for ids in children if not ids & reached))
-    less = set() if asked else less.difference(*networks)  # experts choose their images
+    # Experts choose their images, but no network goes untrained.
+    untrained = set().union(*(ids & trained for ids in (*networks, *children) if not ids & reached))
+    less = (set() if asked else less.difference(*networks)) | untrained & own.keys()
     for names, what in (
         (more, "local crops would train {} of {}, which its own step does not train with this loss (no_grad, detach)"),
         (less, "local crops would not go through {} of {}, as global ones do"),

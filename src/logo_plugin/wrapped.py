@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from logo_plugin.affinity import Affinity
 from logo_plugin.checks import flag, positive_integer
 from logo_plugin.losses import LoGoLoss, LoGoTerms, with_preset
-from logo_plugin.observing import Observed, has_queue, read, watch
+from logo_plugin.observing import AS_MODULE, Observed, has_queue, read, watch
 from logo_plugin.online import Heads, Method, Names, Outputs, Source, composed, find_heads, width
 from logo_plugin.presets import with_queue
 
@@ -92,7 +92,9 @@ class LoGoModel(nn.Module):
         heads = self.find_heads(settings.projector)
         settings = replace(settings, step=self.find_step(settings, criterion, heads))
         if settings.checkpoint_local_crops and self.find_backbone(heads) is None:
-            raise ValueError(f"checkpoint_local_crops=True needs an attribute 'backbone', and {name} has none.")
+            raise ValueError(
+                f"checkpoint_local_crops=True needs an attribute 'backbone' or 'encoder', and {name} has none."
+            )
         affinity = settings.affinity if only else copy.deepcopy(settings.affinity)
         if affinity == "learned":
             affinity = Affinity(width(heads.projector))
@@ -116,8 +118,8 @@ class LoGoModel(nn.Module):
 
     def find_backbone(self, heads: Heads) -> nn.Module | None:
         """What takes images to features, beside the heads."""
-        backbone = getattr(heads.owner, "backbone", None)
-        return backbone if isinstance(backbone, nn.Module) else None
+        parts = (getattr(heads.owner, name, None) for name in ("backbone", "encoder"))
+        return next((part for part in parts if isinstance(part, nn.Module)), None)
 
     def find_criterion(self) -> str | None:
         """The attribute that holds the loss; None where a host overrides `watch_step` and has no such module."""
@@ -125,7 +127,7 @@ class LoGoModel(nn.Module):
             return "criterion"
         raise ValueError(
             f"{type(self).__name__} has no loss module named 'criterion', which LoGo observes. "
-            "Name the attribute, or give the module itself, with criterion=."
+            f"Name the attribute, or give the module itself, with criterion=. {AS_MODULE}"
         )
 
     def find_step(self, settings: Settings, criterion: nn.Module | None, heads: Heads) -> Step | None:
@@ -248,8 +250,9 @@ def resolve(model: nn.Module, criterion: str | nn.Module | None) -> nn.Module:
     """
     found = getattr(model, criterion, None) if isinstance(criterion, str) else criterion
     if not isinstance(found, nn.Module):
+        also = f" {AS_MODULE}" if callable(found) else ""
         raise ValueError(
-            f"criterion={criterion!r} is neither a loss module nor the name of one of {type(model).__name__}."
+            f"criterion={criterion!r} is neither a loss module nor the name of one of {type(model).__name__}.{also}"
         )
     return found
 
