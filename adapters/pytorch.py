@@ -54,7 +54,7 @@ class PlainModel(LightlyModel):
         try:
             loss, _ = logo_step(self, lambda crops: step(self, crops), views, *boxes, **kwargs)
         finally:
-            del self.__dict__["_logo_at_step"]
+            self.__dict__.pop("_logo_at_step", None)
         self._warn_if_affinity_rests()
         return loss
 

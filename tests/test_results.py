@@ -17,7 +17,10 @@ FIGURE = re.compile(r"([+-]?\d+\.\d ± \d+\.\d)")
     [
         (
             "results.md",
-            ["imagenette_60", "imagenette_11", "accuracy_small", "collages_11", "collages_60", "imagenette_200"],
+            [
+                *("imagenette_60", "imagenette_11", "accuracy_small", "collages_11", "collages_60", "imagenette_200"),
+                "imagenette_11_fp32",
+            ],
         ),
         ("results_cifar.md", ["accuracy_small"]),
     ],
