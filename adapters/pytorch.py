@@ -18,7 +18,7 @@ from logo_plugin.checks import views_alone
 from logo_plugin.crops import DeferredViews
 from logo_plugin.observing import has_queue, is_symmetric, on_a_copy
 from logo_plugin.online import Heads, Method, Source, run_online, width
-from logo_plugin.stepping import logo_step, methods_of
+from logo_plugin.stepping import logo_step, loss_of, methods_of
 from logo_plugin.wrapped import Settings, Step, resolve
 
 _TARGET = ("forward_momentum", "forward_teacher", "forward_key_encoder")
@@ -41,7 +41,7 @@ class PlainModel(LightlyModel):
         x, *boxes = args or [kwargs.get("x")]
         if not isinstance(x, (list, tuple, DeferredViews)):
             out = super().forward(*args, **kwargs)
-            loss = out.get("loss") if isinstance(out, dict) else out
+            loss = loss_of(out)
             if isinstance(loss, Tensor) and not loss.ndim and "_logo_at_step" not in self.__dict__:
                 self._warn_of_a_loss_without_logo(loss)
             return out

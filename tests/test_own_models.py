@@ -215,6 +215,20 @@ class EachImage(SimSiam):
         return -(self.criterion(p0, z1.detach()) + self.criterion(p1, z0.detach())).mean() / 2
 
 
+class EachPair(nn.Module):
+    def forward(self, first, second):
+        (z0, p0), (z1, p1) = first, second
+        return -(F.cosine_similarity(p0, z1) + F.cosine_similarity(p1, z0)) / 2
+
+
+class EachImageOfPairs(SimSiam):
+    loss = EachPair
+
+    def training_step(self, batch, batch_idx):
+        (z0, p0), (z1, p1) = map(self.both, batch[0])
+        return self.criterion((z0.detach(), p0), (z1.detach(), p1)).mean()
+
+
 class WeighsImages(EachImage):
     def training_step(self, batch, batch_idx):
         (z0, p0), (z1, p1) = map(self.both, batch[0])
@@ -226,7 +240,7 @@ class WeighsImages(EachImage):
     "model",
     [
         *(InPlace, Centred, NoGradForward, InferenceForward, TwoArguments, Pairs),
-        *(DetachesInTheLoss, DetachesTheFirst, DetachedPairs, EachImage),
+        *(DetachesInTheLoss, DetachesTheFirst, DetachedPairs, EachImage, EachImageOfPairs),
     ],
 )
 def test_as_by_hand(model):
@@ -1495,10 +1509,6 @@ class Doubling(OnlyParts):
     def forward(self, x):
         return self.both(torch.cat([x, x.flip(-1)]))[1]
 
-    def training_step(self, batch, batch_idx):
-        (z0, p0), (z1, p1) = map(self.both, batch[0])
-        return 0.5 * (self.criterion(p0, z1.detach()) + self.criterion(p1, z0.detach()))
-
 
 class ForInference(SimSiam):
     """The forward of the docs of many a model: features are not trained there, and the step does not use it."""
@@ -1554,6 +1564,22 @@ def test_what_would_train_local_crops_wrongly(model, options, message):
     with pytest.raises(RuntimeError, match=message):
         wrapped.training_step(batch(), 0)
     assert all(torch.equal(p, before[name]) for name, p in wrapped.named_parameters())
+
+
+def test_a_projector_in_a_list_of_a_model_without_a_backbone():
+    class Listed(OnlyParts):
+        def __init__(self):
+            super().__init__()
+            self.net, self.heads = self.backbone, nn.ModuleList([mlp(8, 10)])
+            del self.backbone, self.projection_head
+
+        def both(self, x):
+            z = self.heads[0](self.net(x).flatten(1))
+            return z, self.prediction_head(z)
+
+    torch.manual_seed(0)
+    with pytest.raises(RuntimeError, match=r"no method of Listed that LoGo knows .* with online="):
+        wrap(Listed(), projector="heads.0").training_step(batch(), 0)
 
 
 class Arm(nn.Module):

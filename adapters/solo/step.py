@@ -22,7 +22,7 @@ from logo_plugin.observing import HALF_PRECISION
 from logo_plugin.online import images_of
 from logo_plugin.progress import follow_trainer
 from logo_plugin.recomputing import local_forwards
-from logo_plugin.stepping import groups_of, join_optimizer
+from logo_plugin.stepping import groups_of, join_optimizer, loss_of
 from logo_plugin.verifying import known_images
 
 
@@ -157,7 +157,7 @@ class LoGo(BaseMethod):
         first, global_crops = self._checked_epoch != self.current_epoch, crops[: self.num_large_crops]
         with images_of([self] if first else []) as fed:
             out = super().training_step([indexes, [*global_crops], targets, *others], batch_idx)
-        host_loss = out.get("loss") if isinstance(out, dict) else out
+        host_loss = loss_of(out)
         found = self.__dict__.pop("_captured", None)
         if out is None or (not torch.is_grad_enabled() and isinstance(host_loss, Tensor)):
             return out  # a batch to leave out; a loss to look at

@@ -248,7 +248,8 @@ def read(
             f"{name} returned a number for each image, and the step does not take their mean or sum but weighs images "
             "unequally, which LoGo cannot repeat for local crops. Use LoGoLoss directly."
         )
-    used = [(weight.sum(), call) for weight, call in used]  # of the mean over images
+    # The weights of the means over images.
+    used = [(w.sum() if w.ndim else w, call._replace(value=_mean(call.value))) for w, call in used]
     if not used and optional:
         return None
     if not used:
@@ -273,7 +274,7 @@ def read(
         if temperature is None:
             raise RuntimeError(f"{name} has a memory bank but no temperature, so its InfoNCE cannot be repeated.")
         similarities = [partial(info_nce, queue=watched.calls[0].negatives, temperature=temperature)]
-        example = parts[0].preds[0].detach(), parts[0].targets[-1], used[0][1].value.detach().mean()
+        example = parts[0].preds[0].detach(), parts[0].targets[-1], used[0][1].value.detach()
     else:
         if any(part.others != parts[0].others for part in parts):  # a margin, say, that is another in each call
             similarities = [similarity for _, similarity in targets.values()]
@@ -281,7 +282,7 @@ def read(
         if _STATEFUL[criterion]:
             similarities = [on_a_copy(criterion, similarity, name, watched.start) for similarity in similarities]
     weighed = torch.stack([weight for weight, _ in used])
-    found = torch.stack([call.value.mean() for _, call in used])
+    found = torch.stack([call.value for _, call in used])
     scale = weighed.sum()
     return Observed(
         weighed,
@@ -362,9 +363,13 @@ def _read_call(call: Call, criterion: nn.Module, name: str, others: str) -> _Par
             # Symmetric pairs, as SymNegCosineSimilarityLoss takes them: with the same pair twice it is s(p, z).
             learning = _learning(criterion, "pairs", criterion, (z0, p0, z1, p1), name)
             if learning == (False, True, False, True):
-                return _Part([p0, p1], False, [z1.detach(), z0.detach()], 2, lambda p, t: criterion((t, p), (t, p)), {})
+                return _Part(
+                    [p0, p1], False, [z1.detach(), z0.detach()], 2, lambda p, t: _mean(criterion((t, p), (t, p))), {}
+                )
             if learning == (True, False, True, False):
-                return _Part([z0, z1], False, [p1.detach(), p0.detach()], 2, lambda p, t: criterion((p, t), (p, t)), {})
+                return _Part(
+                    [z0, z1], False, [p1.detach(), p0.detach()], 2, lambda p, t: _mean(criterion((p, t), (p, t))), {}
+                )
     nested = [key for key, value in given.items() if isinstance(value, (tuple, list, dict))]
     tensors = {key: value for key, value in given.items() if isinstance(value, Tensor) and value.ndim}
     if nested:
@@ -412,7 +417,7 @@ def _learning(criterion: nn.Module, kind: Any, similarity: Any, sides: Sequence[
         leaves = [tensor.detach().requires_grad_() for tensor in sides]
         copies = [leaf.clone() for leaf in leaves]  # which the criterion may change in place
         given: Any = copies if len(copies) == 2 else (copies[:2], copies[2:])
-        value = on_a_copy(criterion, similarity, name)(*given)
+        value = _mean(on_a_copy(criterion, similarity, name)(*given))
         gradients = (
             torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
         )
@@ -437,6 +442,11 @@ def _is_batch(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point()
 
 
+def _mean(value: Tensor) -> Tensor:
+    """Over images, of a criterion that gives a number for each."""
+    return value.mean() if value.ndim else value
+
+
 def _repeat(criterion: nn.Module, call: Call, pred_key: Key, target_key: Key) -> Similarity:
     """The criterion as a function of prediction and target, all else as in the host's call, precision too."""
     device, enabled, dtype = call.autocast
@@ -449,8 +459,7 @@ def _repeat(criterion: nn.Module, call: Call, pred_key: Key, target_key: Key) ->
             holder[key] = value.to(holder[key].dtype)
         same = torch.is_autocast_enabled(device) == enabled
         with nullcontext() if same else torch.autocast(device, dtype, enabled):
-            loss: Tensor = criterion(*args, **kwargs)
-        return loss.mean() if loss.ndim else loss
+            return _mean(criterion(*args, **kwargs))
 
     return similarity
 

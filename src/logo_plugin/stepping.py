@@ -112,7 +112,7 @@ def _logo_step(
         )
     if out is None:
         return None, None
-    host_loss = out.get("loss") if isinstance(out, dict) else out
+    host_loss = loss_of(out)
     if not isinstance(host_loss, Tensor):
         got = f"a dict of {', '.join(map(str, out))}" if isinstance(out, dict) else type(out).__name__
         raise RuntimeError(
@@ -202,9 +202,14 @@ def _others(model: LoGoModel) -> dict[str, nn.Module]:
     return {name: child for name, child in model.named_children() if name not in ("logo", criterion)}
 
 
+def loss_of(out: Any) -> Any:
+    """The loss in what a step gave: itself, or a dict with "loss"."""
+    return out.get("loss") if isinstance(out, dict) else out
+
+
 def warn_of_eval_mode(name: str, out: Any) -> None:
     """Warns of what a step gave without LoGo's terms, if one could train with it."""
-    loss = out.get("loss") if isinstance(out, dict) else out
+    loss = loss_of(out)
     if isinstance(loss, Tensor) and loss.requires_grad:
         warnings.warn(
             f"{name} is in eval mode, so its loss is without LoGo's terms. To train it call model.train() first; "

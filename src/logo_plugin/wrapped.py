@@ -169,7 +169,7 @@ class LoGoModel(nn.Module):
 
     def online_methods(self, heads: Heads) -> list[tuple[str, Method]]:
         """(name, images -> ...) of what may run backbone and heads, the likeliest first."""
-        parts = heads.owner.children()
+        parts = [part for part in heads.owner.children() if not isinstance(part, (nn.ModuleList, nn.ModuleDict))]
         holders = (part for part in parts if part is not heads.projector and heads.projector in part.modules())
         backbone = self.find_backbone(heads) or next(holders, None)
         return [] if backbone is None else [composed(heads, backbone)]
