@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -96,6 +97,7 @@ class LoGoLearner(nn.Module):
             "checkpoint": flag("checkpoint_local_crops", checkpoint_local_crops),
             "running_stats": flag("local_running_stats", local_running_stats),
         }
+        _warn_of_classifier(backbone)
         dims = [_features(backbone, image_size), *[chosen["hidden_dim"]] * (1 + simsiam), width]
         like = next(backbone.parameters())
         self.projector = _mlp(dims, norm=not moco, norm_last=simsiam).to(like.dtype)
@@ -199,6 +201,19 @@ def _check_backbone(backbone: Any) -> None:
         raise ValueError(
             "the backbone is on the meta device, where parameters have no values: give it some first, as in "
             'backbone.to_empty(device="cpu") and backbone.load_state_dict(...).'
+        )
+
+
+def _warn_of_classifier(backbone: nn.Module) -> None:
+    library, last = type(backbone).__module__.partition(".")[0], [*backbone.modules()][-1]
+    if library in ("torchvision", "timm") and isinstance(last, nn.Linear):
+        name = next(name for name, layer in backbone.named_modules() if layer is last)
+        place = re.sub(r"\.(\d+)", r"[\1]", f"backbone.{name}")
+        cure = "num_classes=0" if library == "timm" else f"{place} = torch.nn.Identity()"
+        warnings.warn(
+            f"{type(backbone).__name__} ends with its classifier {name!r}, so that its {last.out_features} outputs are "
+            f"trained as the features. Take it off first: {cure}.",
+            stacklevel=3,
         )
 
 

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from adapter_contract import CHECKS, AdapterCase, check_two_ranks, seeded, views
 from photos import tiles
 from torch import nn
@@ -214,6 +215,26 @@ def test_local_crops_as_large_as_global_ones():
     for wrong in ([*views()[:2], *views()], views()[::-1]):
         with pytest.warns(UserWarning, match=r"takes the first 2 for global crops.*Put the global ones first"):
             build("simsiam")(wrong)
+
+
+@pytest.mark.parametrize(
+    ("made", "cure"),
+    [
+        (
+            lambda: torchvision.models.resnet18(),
+            r"ResNet ends with its classifier 'fc', .*1000 outputs.*backbone\.fc = ",
+        ),
+        (lambda: torchvision.models.mobilenet_v3_small(num_classes=7), r"7 outputs .*backbone\.classifier\[3\] = "),
+        (lambda: timm.create_model("resnet10t"), "classifier 'fc', .*num_classes=0"),
+    ],
+)
+def test_a_classifier_left_on(made, cure):
+    with pytest.warns(UserWarning, match=cure):
+        learner = LoGoLearner(made(), hidden_dim=8, image_size=(64, 32))
+    net = learner.backbone
+    *path, last = [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear)][-1].split(".")
+    setattr(net.get_submodule(".".join(path)), last, nn.Identity())
+    LoGoLearner(net, hidden_dim=8, image_size=(64, 32))  # no warning, which would be an error here
 
 
 @pytest.mark.parametrize("method", ["byol", "moco"])
