@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from logo_plugin.checks import warn_of_large_local_crops
-from logo_plugin.compiling import eager_frame, gradients_inside
+from logo_plugin.compiling import eager, eager_frame, gradients_inside
 from logo_plugin.crops import CropBoxes, crop_overlap
 from logo_plugin.local_predictor import join_groups
 from logo_plugin.losses import LoGoTerms
@@ -70,31 +70,13 @@ def _logo_step(
     model: LoGoModel, step: Callable[[list[Tensor]], Any], views: Sequence[Tensor], boxes: CropBoxes | None
 ) -> tuple[Any, LoGoTerms | None]:
     settings, name = model.logo_settings, type(model).__name__
-    count = settings.globals
-    global_views, local_views = list(views[:count]), list(views[count:])
+    global_views, local_views = list(views[: settings.globals]), list(views[settings.globals :])
     if not (model.training and torch.is_grad_enabled()):
         out = step(global_views)
         warn_of_eval_mode(name, out)
         return out, None
-    if not local_views:
-        raise ValueError(
-            f"{name} got {len(views)} views, of which {count} are global, so there are no local crops. Give the data "
-            "loader collate_fn=MultiCropCollate(...), and its dataset no transform."
-        )
-    overlap = None
-    if settings.weigh_overlap:
-        if not isinstance(boxes, CropBoxes):
-            raise ValueError("weigh_overlap=True needs the crops' boxes: use MultiCropCollate(return_boxes=True).")
-        overlap = crop_overlap(boxes.boxes[count:])
     first = not model._logo_sources
-    if first and settings.global_crops is None:
-        warn_of_large_local_crops(views, count)
-    elif first and len(sides := {tuple(view.shape[-2:]) for view in global_views}) > 1:
-        warnings.warn(
-            f"global_crops={count}, and the first {count} views have different sizes, {sorted(sides)}: the smaller "
-            f"ones may be local crops. Make as many global ones, MultiCropCollate(global_crops={count}).",
-            stacklevel=3,
-        )
+    overlap = _check_views(model, views, boxes, first)
     heads, before = model.find_heads(settings.projector), versions(*global_views)
     backbone, given = model.find_backbone(heads), [*global_views]  # a list that the step may change
     with (
@@ -112,24 +94,11 @@ def _logo_step(
         )
     if out is None:
         return None, None
-    host_loss = loss_of(out)
-    if not isinstance(host_loss, Tensor):
-        got = f"a dict of {', '.join(map(str, out))}" if isinstance(out, dict) else type(out).__name__
-        raise RuntimeError(
-            f"the step of {name} gives {got}, and LoGo adds its terms to a loss: let it give a tensor, or a dict with "
-            'the "loss".'
-        )
+    host_loss = _checked_loss(name, out)
     observed = observe(host_loss)
     if observed is None:
         return out, None
-    projector = {id(p) for p in heads.projector.parameters()} if more else set()
-    also = ", ".join(loss for loss, value in more.items() if projector & (leaves_of([value]) or set()))
-    if also:
-        raise RuntimeError(
-            f"{name} trains its projector with other losses of two tensors (N, D), too ({also}), which local crops "
-            'would go without. Say with criterion= which one LoGo extends, and give reduction="sum", which keeps its '
-            "balance with the others; or put all into one criterion."
-        )
+    _check_other_losses(name, heads, more)
     # How predictions come from the heads may change with the epoch: then it is looked up anew.
     kind = (observed.mutual, *(origin_of(pred, ran, heads) for pred in observed.preds))
     if model._logo_idle:  # a frozen backbone, perhaps, that is trained from some epoch on
@@ -192,6 +161,54 @@ def _logo_step(
     model.logo_terms = terms.detach()
     model.logo_local_proj = [z.detach() for z in local_proj]
     return ({**out, "loss": terms.total} if isinstance(out, dict) else terms.total), model.logo_terms
+
+
+@eager
+def _check_views(model: LoGoModel, views: Sequence[Tensor], boxes: CropBoxes | None, first: bool) -> Tensor | None:
+    """The overlap of the local crops where the repulsion is weighed by it; an error if there are none, or no boxes."""
+    settings, count = model.logo_settings, model.logo_settings.globals
+    if len(views) <= count:
+        raise ValueError(
+            f"{type(model).__name__} got {len(views)} views, of which {count} are global, so there are no local crops. "
+            "Give the data loader collate_fn=MultiCropCollate(...), and its dataset no transform."
+        )
+    if first and settings.global_crops is None:
+        warn_of_large_local_crops(views, count)
+    elif first and len(sides := {tuple(view.shape[-2:]) for view in views[:count]}) > 1:
+        warnings.warn(
+            f"global_crops={count}, and the first {count} views have different sizes, {sorted(sides)}: the smaller "
+            f"ones may be local crops. Make as many global ones, MultiCropCollate(global_crops={count}).",
+            stacklevel=4,
+        )
+    if not settings.weigh_overlap:
+        return None
+    if not isinstance(boxes, CropBoxes):
+        raise ValueError("weigh_overlap=True needs the crops' boxes: use MultiCropCollate(return_boxes=True).")
+    return crop_overlap(boxes.boxes[count:])
+
+
+def _checked_loss(name: str, out: Any) -> Tensor:
+    loss = loss_of(out)
+    if not isinstance(loss, Tensor):
+        got = f"a dict of {', '.join(map(str, out))}" if isinstance(out, dict) else type(out).__name__
+        raise RuntimeError(
+            f"the step of {name} gives {got}, and LoGo adds its terms to a loss: let it give a tensor, or a dict with "
+            'the "loss".'
+        )
+    return loss
+
+
+@eager
+def _check_other_losses(name: str, heads: Heads, losses: dict[str, Tensor]) -> None:
+    """RuntimeError if one of these losses, which LoGo does not extend, trains the projector."""
+    projector = {id(p) for p in heads.projector.parameters()} if losses else set()
+    also = ", ".join(loss for loss, value in losses.items() if projector & (leaves_of([value]) or set()))
+    if also:
+        raise RuntimeError(
+            f"{name} trains its projector with other losses of two tensors (N, D), too ({also}), which local crops "
+            'would go without. Say with criterion= which one LoGo extends, and give reduction="sum", which keeps its '
+            "balance with the others; or put all into one criterion."
+        )
 
 
 def _others(model: LoGoModel) -> dict[str, nn.Module]:
