@@ -152,7 +152,7 @@ class LightningModel(LightlyModel):
             )
         views = views_of(batch, type(self).__name__)
         boxes = next((item for item in batch if isinstance(item, CropBoxes)), None)
-        rest = [item for item in batch[1:] if item is not boxes]
+        rest = [item for item in batch[1:] if not isinstance(item, CropBoxes)]
         make = getattr(type(batch), "_make", type(batch))  # of a named tuple
         own = super().training_step  # type: ignore[misc]
         if not self.__dict__.get("_logo_indexed", True):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from logo_plugin.adapters.lightly import LightlyModel, takes_two_views, views_of
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from logo_plugin.checks import views_alone
@@ -39,11 +40,12 @@ class PlainModel(LightlyModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Of views (and their boxes), the loss; of a tensor, what the user's own forward gives."""
         x, *boxes = args or [kwargs.get("x")]
+        if "_logo_at_step" in self.__dict__:  # the user's step may give its own forward the list
+            return super().forward(*args, **kwargs)
         if not isinstance(x, (list, tuple, DeferredViews)):
             out = super().forward(*args, **kwargs)
-            loss = loss_of(out)
-            if isinstance(loss, Tensor) and not loss.ndim and "_logo_at_step" not in self.__dict__:
-                self._warn_of_a_loss_without_logo(loss)
+            if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self._warn_of_training_without_logo(loss_of(out))
             return out
         if not args:
             del kwargs["x"]
@@ -58,8 +60,16 @@ class PlainModel(LightlyModel):
         self._warn_if_affinity_rests()
         return loss
 
-    def _warn_of_a_loss_without_logo(self, loss: Tensor) -> None:
-        if self.training and loss.requires_grad:
+    def _warn_of_training_without_logo(self, loss: Any) -> None:
+        count = self.__dict__["_logo_tensors"] = self.__dict__.get("_logo_tensors", 0) + 1
+        if count == _STEPS_BEFORE_WARNING and not self._logo_sources:
+            warnings.warn(
+                f"{type(self).__name__} was called {count} times in training with a tensor and never with the list of "
+                "views, so it trains without LoGo. In your loop loss = model(views) takes the place of its forwards "
+                "and its loss.",
+                stacklevel=4,
+            )
+        if isinstance(loss, Tensor) and not loss.ndim and loss.requires_grad:
             warnings.warn(
                 f"{type(self).__name__} was given a tensor and gave its own loss, without LoGo. Give it the list of "
                 "views, model(views), and say with step= how the loss comes from them.",
@@ -81,6 +91,11 @@ class PlainModel(LightlyModel):
 
 
 def _known_step(model: PlainModel, settings: Settings, criterion: nn.Module, heads: Heads) -> Step:
+    if any(map(is_lazy, model.parameters())):
+        raise ValueError(
+            f"{type(model).__name__} has layers whose sizes are not known yet (LazyLinear and the like). Run it on one "
+            "batch before wrap()."
+        )
     if takes_two_views(model) and (_is_lightlys(criterion) or _is_lightlys(model)):
         return _two_view_step
     target, kind = _target(model, settings), "bank" if has_queue(criterion) else _kind(criterion, heads)

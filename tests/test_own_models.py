@@ -559,6 +559,79 @@ def test_no_target_is_among_its_negatives(criterion):
         torch.testing.assert_close(wrapped.logo_terms.local_global, expected.detach())
 
 
+@pytest.mark.parametrize("owner", ["criterion", "model"])
+def test_a_queue_that_the_step_writes_to(owner):
+    """After the criterion's call, as in MoCo's release: that of a model is refused, with a cure that works."""
+
+    class Reads(nn.Module):
+        def __init__(self, queue):
+            super().__init__()
+            self.register_buffer("queue", queue if owner == "criterion" else None)
+            self.read = lambda: queue if self.queue is None else self.queue
+
+        def forward(self, query, key):
+            return info_nce(query, key, queue=self.read().clone(), temperature=0.2)
+
+    class MoCo(SimSiam):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("queue", F.normalize(torch.randn(10, 18), dim=0))
+            self.criterion = Reads(self.queue)
+
+        def training_step(self, batch, batch_idx):
+            (z0, _), (z1, _) = map(self.both, batch[0])
+            loss = self.criterion(z0, z1.detach())
+            self.criterion.read()[:, :6] = F.normalize(z1.detach(), dim=1).T
+            return loss
+
+    torch.manual_seed(0)
+    model = wrap(MoCo(), affinity=None)
+    queue, target = model.queue.clone(), model.both(batch()[0][1])[0].detach()
+    local = [model.both(view)[0].detach() for view in batch()[0][2:]]
+    if owner == "model":
+        with pytest.raises(
+            RuntimeError, match=r"Reads of MoCo gave .* in the step and gives .* buffer of the criterion"
+        ):
+            model.training_step(batch(), 0)
+        return
+    model.training_step(batch(), 0)
+    expected = torch.stack([info_nce(z, target, queue=queue, temperature=0.2) for z in local]).mean()
+    torch.testing.assert_close(model.logo_terms.local_global, expected)
+
+
+def test_a_memory_bank_that_gives_neighbours():
+    """And no negatives: local crops are pulled to the neighbours of before the step, whatever the bank is called."""
+
+    class Bank(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("bank", F.normalize(torch.randn(18, 10), dim=1))
+
+        def forward(self, x):
+            near = self.bank[(F.normalize(x, dim=1) @ self.bank.T).argmax(1)].clone()
+            self.bank[:6] = F.normalize(x, dim=1)
+            return near
+
+    class Neighbours(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.memory_bank = Bank()
+
+        def forward(self, pred, target):
+            return cosine(pred, self.memory_bank(target))
+
+    class NNSiam(SimSiam):
+        loss = Neighbours
+
+    torch.manual_seed(0)
+    model = wrap(NNSiam(), affinity=None)
+    before, (views, _) = copy.deepcopy(model.criterion), batch()
+    targets, preds = [model.both(x)[0].detach() for x in views[:2]], [model.both(x)[1].detach() for x in views[2:]]
+    model.training_step(batch(), 0)
+    expected = torch.stack([copy.deepcopy(before)(p, t) for p in preds for t in targets]).mean()
+    torch.testing.assert_close(model.logo_terms.local_global, expected)
+
+
 def test_a_number_that_the_step_sets():
     class Weighed(SimSiam):
         loss = SetByTheStep
@@ -581,7 +654,8 @@ def test_a_loss_that_does_not_count_yet(weigh):
             return weigh(super().training_step(batch, batch_idx)) + self.both(batch[0][0])[0].pow(2).mean()
 
     torch.manual_seed(0)
-    check(Ramp(), lambda model, views: (model.both(views[0])[0].pow(2).mean(), 0.0, *by_hand(model, views)[2:]))
+    with pytest.warns(UserWarning, match="trains its projector by more than the criterion"):
+        check(Ramp(), lambda model, views: (model.both(views[0])[0].pow(2).mean(), 0.0, *by_hand(model, views)[2:]))
 
 
 def test_a_prediction_that_comes_from_elsewhere_later():
@@ -717,6 +791,13 @@ class ForwardPastTheNeck(Neck):
     def forward(self, x):
         z = self.projection_head(self.backbone(x).flatten(1))
         return z, self.prediction_head(z)
+
+
+class ForwardPastTheNorm(NormalisedFeatures):
+    """Its forward, for inference, leaves out what the step does between backbone and projector."""
+
+    def forward(self, x):
+        return self.prediction_head(self.projection_head(self.backbone(x).flatten(1)))
 
 
 class Encoder(nn.Module):
@@ -908,7 +989,8 @@ class PredictsInTheLoss(SimSiam):
             dropping(NormalisedFeatures),
             "gives projection_head something else than the output of backbone, unlike backb",
         ),
-        (dropping(Neck), "gives projection_head something else than the output of backbone, unlike backbone"),
+        (dropping(ForwardPastTheNorm), "gives projection_head something else .*of backbone, unlike forward"),
+        (dropping(Neck), r"local crops would not go through neck\."),
         (dropping(ForwardPastTheNeck), r"local crops would not go through neck\..* name with online="),
         (PreparedOtherName, "What the step itself does to images"),
         (dropping(PreparedOtherName), "gives the backbone other images .* What the step itself does to images"),
@@ -958,6 +1040,43 @@ def test_online_must_give_what_the_criterion_is_given():
     with pytest.raises(RuntimeError, match="something else for global crops than swapped"):
         wrap(copy.deepcopy(model), online="swapped").training_step(batch(), 0)
     check(model, by_hand, online="both")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x, "something else for global crops than predict"),
+        (dropping, "vectors of other lengths than predict"),
+    ],
+)
+def test_online_must_give_the_lengths_that_the_criterion_is_given(change, message):
+    """Where it makes a difference: the step's own predictions, of length 1, must not hide that."""
+
+    class Products(nn.Module):
+        def forward(self, query, key):
+            return F.cross_entropy(query @ key.T / 0.1, torch.arange(len(query)))
+
+    class Normalised(SimSiam):
+        loss = Products
+
+        def training_step(self, batch, batch_idx):
+            q0, q1 = (F.normalize(self.predict(x), dim=1) for x in batch[0])
+            k0, k1 = (F.normalize(self.both(x)[0].detach(), dim=1) for x in batch[0])
+            return self.criterion(q0, k1) + self.criterion(q1, k0)
+
+        def predict(self, x):
+            return self.both(x)[1]
+
+        def unit(self, x):
+            return F.normalize(self.predict(x), dim=1)
+
+    torch.manual_seed(0)
+    model = change(Normalised)()
+    with torch.no_grad():
+        model.prediction_head[-1].weight.mul_(20)
+    with pytest.raises(RuntimeError, match=message):
+        wrap(copy.deepcopy(model), online="predict").training_step(batch(), 0)
+    assert torch.isfinite(wrap(model, online="unit").training_step(batch(), 0))
 
 
 class Dropped(SimSiam):
@@ -1168,13 +1287,42 @@ class LossOfFeatures(SimSiam):
         return super().training_step(batch, batch_idx) + own
 
 
+class SplitBatchNorm(nn.BatchNorm2d):
+    """As in the demonstration of MoCo's release: the batch is that of three devices."""
+
+    def forward(self, x):
+        split = F.batch_norm(
+            x.view(-1, 3 * x.shape[1], *x.shape[2:]), None, None, self.weight.repeat(3), self.bias.repeat(3), True
+        )
+        return split.view(x.shape)
+
+
+class InSplits(SimSiam):
+    """Its network does not take just any number of images."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), SplitBatchNorm(8), nn.AdaptiveAvgPool2d(1))
+
+
+class Perturbing(nn.Module):
+    def forward(self, pred, target):
+        return cosine(pred + 0.1 * torch.randn_like(pred), target)
+
+
+class Perturbed(SimSiam):
+    """No two calls of its criterion give the same."""
+
+    loss = Perturbing
+
+
 @pytest.mark.parametrize(
     "model",
     [
         *(Dropped, SkippedLayer, BySize, HalfHeads, MoreInTheBatch, CheckpointedBackbone, KeepsItself, AnyArguments),
         *(Rotated, dropping(SimSiam), dropping(Rotated), AugmentsInForward, GivesTheTemperature),
         *(FlipsSomeBatches, LeavesLayersOut, ExpertBackbone, InSmallParts, KeepsOddThings),
-        *(OtherName, dropping(OtherName), SoftLabels, LossOfFeatures),
+        *(OtherName, dropping(OtherName), LossOfFeatures, InSplits, Perturbed),
     ],
 )
 def test_no_reason_to_refuse(model):
@@ -1184,6 +1332,26 @@ def test_no_reason_to_refuse(model):
         made = wrap(model())
         for _ in range(3):
             assert torch.isfinite(made.training_step(batch(), 0))
+
+
+class Invariance(SimSiam):
+    """A VICReg whose criterion is but a part of it, and the rest lines of the step."""
+
+    loss = nn.MSELoss
+
+    def training_step(self, batch, batch_idx):
+        z0, z1 = (self.both(x)[0] for x in batch[0])
+        return self.criterion(z0, z1) + sum(F.relu(1 - z.std(dim=0)).mean() for z in (z0, z1))
+
+
+@pytest.mark.parametrize("model", [SoftLabels, Invariance])
+def test_a_criterion_that_is_a_part_of_the_loss(model):
+    torch.manual_seed(0)
+    model = model()
+    with pytest.warns(UserWarning, match=rf"{type(model).__name__} trains its projector by more than .* reduction="):
+        assert torch.isfinite(wrap(copy.deepcopy(model)).training_step(batch(), 0))
+    for options in ({"reduction": "sum"}, {"affinity": None, "local_global_weight": 0}):  # no warning: it would raise
+        assert torch.isfinite(wrap(copy.deepcopy(model), **options).training_step(batch(), 0))
 
 
 def test_the_look_at_global_crops_changes_nothing():
@@ -1280,6 +1448,25 @@ class TestLightning:
         trainer.fit(model, torch.utils.data.DataLoader([batch()] * 2, batch_size=None))
         assert trainer.global_step == 2
         assert model.logo_terms is not None
+
+    def test_what_else_is_in_the_batch(self):
+        """None stays where it is; a criterion of two names is one."""
+
+        class Unpacks(SimSiam):
+            def training_step(self, batch, batch_idx):
+                views, nothing, labels = batch
+                assert nothing is None
+                return super().training_step([views, labels], batch_idx)
+
+        model = Unpacks()
+        model.loss_fn = model.criterion
+        views, labels = batch()
+        assert torch.isfinite(wrap(model).training_step([views, None, labels], 0))
+
+    def test_values_that_are_not_finite(self):
+        model = wrap(SimSiam())
+        with pytest.raises(RuntimeError, match="given predictions that are not finite"):
+            model.training_step([[x * math.nan for x in batch()[0]], batch()[1]], 0)
 
     def test_a_named_tuple(self):
         made = namedtuple("Batch", "views labels")
@@ -1545,9 +1732,42 @@ class OneTensor(SimSiam):
         return self.criterion(self.both(torch.cat(batch[0]))[0])
 
 
+def given(make):
+    """A SimSiam whose criterion is given what `make` makes of two projections and predictions."""
+
+    class Whatever(nn.Module):
+        def forward(self, *given):
+            return sum(x.float().sum() for x in given)
+
+    class Given(SimSiam):
+        loss = Whatever
+
+        def training_step(self, batch, batch_idx):
+            return self.criterion(*make(*(x for view in batch[0] for x in self.both(view))))
+
+    return Given
+
+
+class Tuple(SimSiam):
+    class Loss(nn.Module):
+        def forward(self, pred, target):
+            return cosine(pred, target), pred
+
+    loss = Loss
+
+    def training_step(self, batch, batch_idx):
+        (z0, _), (_, p1) = map(self.both, batch[0])
+        return self.criterion(p1, z0.detach())[0]
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
+        (given(lambda z0, p0, z1, p1: (p0 @ z1.T, torch.arange(len(p0)))), {}, "logits and labels .* the projections"),
+        (given(lambda z0, p0, z1, p1: (p0, z1.detach(), torch.randn(10, 18))), {}, "a queue of negatives goes into"),
+        (given(lambda z0, p0, z1, p1: (z0, z1, p0, p1)), {}, "one prediction and its target, once for each pair"),
+        (given(lambda z0, p0, z1, p1: (torch.stack([z0, z1], 1),)), {}, r"both views are in one tensor"),
+        (Tuple, {}, r"Loss of Tuple returned tuple, .* return the loss alone"),
         (Doubling, {}, r"Doubling makes 12 predictions of 6 crops, .* with online="),
         (ForInference, {}, r"local crops would not go through backbone.* with online="),
         (ThroughACopy, {"online": "through_the_copy"}, r"local crops would not go through backbone"),
@@ -1646,6 +1866,48 @@ def test_a_plain_loop_left_as_it_was_says_so():
         wrapped.eval()(images)
         with torch.no_grad():
             wrapped.train()(images)
+
+    unchanged, used = (wrap(Network(), criterion=NTXentLoss(), affinity=None) for _ in range(2))
+    with pytest.warns(UserWarning, match=r"Network was called 32 times in training .* loss = model\(views\) takes"):
+        [unchanged(images) for _ in range(100)]
+    used(batch()[0])
+    for _ in range(100):  # no warning
+        used(images)
+
+
+def test_a_forward_that_takes_the_list_of_views():
+    class OfAList(Network):
+        def __init__(self):
+            super().__init__()
+            self.predictor, self.criterion = mlp(10, 10), NegativeCosineSimilarity()
+
+        def forward(self, views):
+            z0, z1 = map(super().forward, views)
+            return (
+                self.criterion(self.predictor(z0), z1.detach()) + self.criterion(self.predictor(z1), z0.detach())
+            ) / 2
+
+        def predict(self, images):
+            return self.predictor(super().forward(images))
+
+    torch.manual_seed(0)
+    host = OfAList()
+    options = {"step": lambda model, views: model(views), "online": "predict", "affinity": None}
+    model, (views, _) = wrap(copy.deepcopy(host), **options), batch()
+    local = [cosine(host.predict(x), Network.forward(host, t)) for x in views[2:] for t in views[:2]]
+    torch.testing.assert_close(model(views), (host(views[:2]) + 2 * torch.stack(local).mean()) / 3)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(views), OfAList.forward(model, views[:2]))
+
+
+def test_layers_without_a_size_yet():
+    class Lazy(Network):
+        def __init__(self):
+            super().__init__()
+            self.projector = nn.LazyLinear(10)
+
+    with pytest.raises(ValueError, match=r"Lazy has layers whose sizes are not known yet .* before wrap"):
+        wrap(Lazy(), criterion=NegativeCosineSimilarity())
 
 
 def test_global_crops_of_two_sizes_are_named():

@@ -1,8 +1,11 @@
-"""Looks at a network that leave its mode or its statistics as they were."""
+"""Looks at a network that leave its mode, its statistics or the random numbers as they were."""
 
+import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 
@@ -29,6 +32,20 @@ def statistics(module: nn.Module, *, every: bool = False) -> Iterator[tuple[nn.M
         for name, buffer in child._buffers.items():
             if buffer is not None and (every or name.startswith("running_") or name == "num_batches_tracked"):
                 yield child, name, buffer
+
+
+@contextmanager
+def kept_random_state(devices: list[torch.device]) -> Iterator[None]:
+    """Random numbers are drawn from where they were before: torch's, Python's and, if it is in use, numpy's."""
+    numpy = sys.modules.get("numpy")
+    python, arrays = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(arrays)
 
 
 @contextmanager

@@ -65,6 +65,24 @@ class Watched(NamedTuple):
     start: dict[Any, Any]  # its state before them, copied; nothing for one that was never changed
 
 
+class Example(NamedTuple):
+    """What LoGo's repetition of the criterion must give again.
+
+    Attributes:
+        pred: A prediction that the host gave the criterion, (N, D).
+        target: Its target, (N, D).
+        value: What came of them.
+        similarity: The repetition.
+        otherwise: What it means if that gives another value: a message with places for the two.
+    """
+
+    pred: Tensor
+    target: Tensor
+    value: Tensor
+    similarity: Similarity
+    otherwise: str
+
+
 class Observed(NamedTuple):
     """What one step of the host says about its objective.
 
@@ -78,7 +96,7 @@ class Observed(NamedTuple):
         both_ways: Whether each such call was made with its sides exchanged, too.
         targets: What local crops are pulled to, (N, D) each, without gradient.
         similarity: (prediction of a local crop, target) -> scalar; or one for each target.
-        example: Prediction, target and what the criterion gave for them, where `similarity` is not the criterion.
+        example: Of the step's first call, where that is one of a prediction and a target.
     """
 
     weights: Tensor
@@ -90,7 +108,7 @@ class Observed(NamedTuple):
     targets: list[Tensor]
     similarity: Similarity | list[Similarity]
     both_ways: bool = False
-    example: tuple[Tensor, Tensor, Tensor] | None = None
+    example: Example | None = None
 
     @property
     def any_similarity(self) -> Similarity:
@@ -134,7 +152,7 @@ def watch(criterion: nn.Module) -> Iterator[Watched]:
     start: dict[Any, Any] = {}
     bank = getattr(criterion, "memory_bank", None)
     recorder = _recorder(bank) if isinstance(bank, nn.Module) else None
-    copied = recorder is None and _STATEFUL.get(criterion, True)
+    copied = _STATEFUL.get(criterion, True)
 
     @eager
     def look(*_: Any) -> None:
@@ -237,7 +255,8 @@ def read(
         if not isinstance(call.value, Tensor) or call.value.ndim > 1:
             got = f"shape {tuple(call.value.shape)}" if isinstance(call.value, Tensor) else type(call.value).__name__
             raise RuntimeError(
-                f"{name} returned {got}, and LoGo needs a loss that is one number, or one for each image."
+                f"{name} returned {got}, and LoGo needs a loss that is one number, or one for each image. "
+                "Let it return the loss alone."
             )
     learning = [call for call in watched.calls if call.value.requires_grad]
     values = [call.value for call in learning]
@@ -274,13 +293,18 @@ def read(
         if temperature is None:
             raise RuntimeError(f"{name} has a memory bank but no temperature, so its InfoNCE cannot be repeated.")
         similarities = [partial(info_nce, queue=watched.calls[0].negatives, temperature=temperature)]
-        example = parts[0].preds[0].detach(), parts[0].targets[-1], used[0][1].value.detach()
+        _STATEFUL[criterion] = False  # its state is the bank's, which is known
+        example = (similarities[0], _NO_INFO_NCE)
     else:
         if any(part.others != parts[0].others for part in parts):  # a margin, say, that is another in each call
             similarities = [similarity for _, similarity in targets.values()]
         _STATEFUL[criterion] = _STATEFUL.get(criterion, False) or watched.stateful()
         if _STATEFUL[criterion]:
             similarities = [on_a_copy(criterion, similarity, name, watched.start) for similarity in similarities]
+        if used[0][1].given is watched.calls[0].given and (parts[0].mutual or len(parts[0].preds) == 1):
+            first = parts[0].similarity
+            repeat = on_a_copy(criterion, first, name, watched.start) if _STATEFUL[criterion] else first
+            example = (repeat, _READS_MORE)
     weighed = torch.stack([weight for weight, _ in used])
     found = torch.stack([call.value for _, call in used])
     scale = weighed.sum()
@@ -294,7 +318,7 @@ def read(
         [target for target, _ in targets.values()],
         similarities if len(similarities) > 1 else similarities[0],
         bool(compared) and all(sides[::-1] in compared for sides in compared),
-        example,
+        example and Example(parts[0].preds[0].detach(), parts[0].targets[-1], used[0][1].value.detach(), *example),
     )
 
 
@@ -348,6 +372,15 @@ class _Part(NamedTuple):
     others: dict[Key, Any]  # what else the criterion was given
 
 
+_NO_INFO_NCE = (
+    "has a memory bank and gave {:.4g} where InfoNCE with the bank as negatives gives {:.4g}: it is another loss, "
+    "which LoGo cannot repeat. Use LoGoLoss directly."
+)
+_READS_MORE = (
+    "gave {:.4g} in the step and gives {:.4g} after it for the same two tensors: it reads something that the step has "
+    "changed by then, as a queue of the model that holds the step's own keys. Make that a buffer of the criterion, "
+    "which the step writes to, so that LoGo can call it with what it held before."
+)
 _BOTH_IN_ONE = (
     " If both views are in one tensor, give the criterion two, first, second = features.chunk(2), and let it do all "
     "that follows, logits and cross-entropy, too."
@@ -384,7 +417,7 @@ def _read_call(call: Call, criterion: nn.Module, name: str, others: str) -> _Par
         raise RuntimeError(
             f"{name} was called with {shapes or 'no tensors'}, and LoGo extends losses of two views, a prediction "
             "(N, D) and a target (N, D): masks, dense maps, prototypes and labels are beyond it."
-            + (_BOTH_IN_ONE if [*map(_is_batch, tensors.values())] == [True] else "")
+            + _cure(list(tensors.values()))
             + (f" If one of {others} is such a loss, name it with criterion=." if others else "")
         )
     rest = {key: value for key, value in given.items() if key not in tensors}
@@ -401,6 +434,21 @@ def _read_call(call: Call, criterion: nn.Module, name: str, others: str) -> _Par
     if not carries[0]:
         return _Part(sides[1:], False, [sides[0].detach()], 1, _repeat(criterion, call, *keys[::-1]), rest)
     return _Part(sides[:1], False, [sides[1].detach()], 1, repeat, rest)
+
+
+def _cure(tensors: list[Tensor]) -> str:
+    """What helps where a criterion was not given two (N, D), in the shapes that are met most."""
+    batches = [_is_batch(x) for x in tensors]
+    if len(tensors) == 1 and (batches[0] or tensors[0].ndim == 3):
+        return _BOTH_IN_ONE
+    if len(tensors) == 2 and batches[0] and tensors[1].ndim == 1:
+        return " If these are logits and labels made of two projections, give the criterion the projections."
+    if len(tensors) > 2 and all(batches):
+        return (
+            " Call it with one prediction and its target, once for each pair; a queue of negatives goes into the "
+            "criterion, as a buffer of its own."
+        )
+    return ""
 
 
 _LEARNING: WeakKeyDictionary[nn.Module, dict[Any, tuple[bool, ...]]] = WeakKeyDictionary()

@@ -18,8 +18,8 @@ from logo_plugin.compiling import eager, eager_frame, gradients_inside
 from logo_plugin.crops import CropBoxes, crop_overlap
 from logo_plugin.local_predictor import join_groups
 from logo_plugin.losses import LoGoTerms
-from logo_plugin.modes import statistics
-from logo_plugin.observing import HALF_PRECISION, Observed, is_symmetric, losses_of_views, versions
+from logo_plugin.modes import kept_random_state, statistics
+from logo_plugin.observing import HALF_PRECISION, Example, Observed, is_symmetric, losses_of_views, versions
 from logo_plugin.online import (
     Heads,
     Method,
@@ -99,6 +99,8 @@ def _logo_step(
     if observed is None:
         return out, None
     _check_other_losses(name, heads, more)
+    if first and model.logo.reduction == "pairs" and model.logo.local_global_weight:
+        _warn_of_a_part(model, host_loss, observed, ran.get(heads.projector, []))
     # How predictions come from the heads may change with the epoch: then it is looked up anew.
     kind = (observed.mutual, *(origin_of(pred, ran, heads) for pred in observed.preds))
     if model._logo_idle:  # a frozen backbone, perhaps, that is trained from some epoch on
@@ -211,12 +213,41 @@ def _check_other_losses(name: str, heads: Heads, losses: dict[str, Tensor]) -> N
         )
 
 
+@eager
+def _warn_of_a_part(model: LoGoModel, host_loss: Tensor, observed: Observed, projections: Sequence[Tensor]) -> None:
+    """Warns if the criterion is but a part of what trains the projector: its gradient there is not the loss's."""
+    where = [z for z in projections if z.requires_grad]
+    if not where or leaves_of([host_loss]) is None:
+        return
+    # Scaled as by a GradScaler: float16 has no room for the gradient of a mean over many images.
+    of_loss, of_criterion = (
+        torch.cat(
+            [
+                part.flatten().float()
+                for part in torch.autograd.grad(
+                    loss, where, torch.full_like(loss, 4096), retain_graph=True, materialize_grads=True
+                )
+            ]
+        )
+        for loss in (host_loss, observed.scale * observed.global_global)
+    )
+    if float((of_loss - of_criterion).norm()) > 0.1 * float(of_loss.norm()):
+        warnings.warn(
+            f"the loss of {type(model).__name__} trains its projector by more than the criterion that LoGo extends, as "
+            "by the variance and covariance of VICReg. LoGo takes the criterion's mean over global and local pairs, so "
+            "beside the rest it counts less than before, and local crops go without the rest. Put all of it into one "
+            'criterion; or give reduction="sum", which leaves the global crops the balance that they have.',
+            stacklevel=4,
+        )
+
+
 def _others(model: LoGoModel) -> dict[str, nn.Module]:
     """What may be a second loss of the two views; none if the user has said which one counts."""
     if model._logo_config[0].criterion is not None:
         return {}
     criterion = model.logo_settings.criterion
-    return {name: child for name, child in model.named_children() if name not in ("logo", criterion)}
+    own = resolve(model, criterion) if criterion else None
+    return {name: child for name, child in model.named_children() if name != "logo" and child is not own}
 
 
 def loss_of(out: Any) -> Any:
@@ -295,15 +326,13 @@ def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads, im
     settings = model.logo_settings
     criterion = "" if settings.criterion is None else f"{type(resolve(model, settings.criterion)).__name__} of "
     name = f"{criterion}{type(model).__name__}"
+    if not all(bool(pred.isfinite().all()) for pred in observed.preds):
+        raise RuntimeError(
+            f"{name} was given predictions that are not finite, so LoGo cannot tell where they come from. Look for nan "
+            "or inf in the first batch's images and in the weights; float16 overflows where bfloat16 does not."
+        )
     if observed.example is not None:
-        pred, target, value = observed.example
-        repeated = observed.any_similarity(pred, target)
-        relative, absolute = HALF_PRECISION if pred.dtype.itemsize < 4 else (1e-2, 1e-3)
-        if not torch.allclose(repeated.float(), value.float(), rtol=relative, atol=absolute):
-            raise RuntimeError(
-                f"{name} has a memory bank and gave {float(value):.4g} where InfoNCE with the bank as negatives gives "
-                f"{float(repeated):.4g}: it is another loss, which LoGo cannot repeat. Use LoGoLoss directly."
-            )
+        _check_example(observed.example, name)
     signs = observed.weights.sign().tolist()
     if min(signs) < 0 < max(signs):
         raise RuntimeError(
@@ -326,11 +355,12 @@ def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads, im
             )
         likely = len(set(sources)) == 1 or settings.target is not None
         first, second = (pred.detach() for pred in observed.preds[:2])
-        if not likely or not (observed.both_ways or is_symmetric(observed.any_similarity, first, second)):
+        symmetric = observed.both_ways or is_symmetric(observed.any_similarity, first, second)
+        if not (likely and symmetric):
             raise RuntimeError(
                 f"{name} was called with two tensors that both carry gradient and do not play the same part, so LoGo "
-                "cannot tell the prediction from the target. Detach the target before the criterion, or name the "
-                "method that computes targets with target=."
+                "cannot tell the prediction from the target. Detach the target before the criterion"
+                f"{', or name the method that computes targets with target=' if symmetric else ''}."
             )
     if settings.online is not None:
         return None
@@ -341,6 +371,18 @@ def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads, im
             "the projector with projector=."
         )
     return max(found)  # a predictor's, if any
+
+
+@torch.no_grad()
+def _check_example(example: Example, name: str) -> None:
+    """RuntimeError if the repetition gives another value, unless that is random."""
+    pred, value = example.pred, example.value
+    devices = [pred.device] if pred.is_cuda else []
+    with kept_random_state(devices):
+        repeated, again = (example.similarity(pred, example.target).float() for _ in range(2))
+    relative, absolute = HALF_PRECISION if pred.dtype.itemsize < 4 else (1e-2, 1e-3)
+    if torch.equal(repeated, again) and not torch.allclose(repeated, value.float(), rtol=relative, atol=absolute):
+        raise RuntimeError(f"{name} {example.otherwise.format(float(value), float(repeated))}")
 
 
 def _host_step(model: LoGoModel, step: Callable[[list[Tensor]], Any], views: list[Tensor]) -> Any:

@@ -2,8 +2,7 @@
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -12,9 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logo_plugin.compiling import eager
-from logo_plugin.modes import kept_statistics, statistics
+from logo_plugin.modes import kept_random_state, kept_statistics, statistics
 from logo_plugin.observing import Observed
-from logo_plugin.online import COMPOSED, Heads, Method, Outputs, Source, entrances, images_of, leaves_of, run_online
+from logo_plugin.online import (
+    COMPOSED,
+    Heads,
+    Method,
+    Outputs,
+    Source,
+    calls_of,
+    entrances,
+    images_of,
+    leaves_of,
+    run_online,
+)
 
 
 class HostStep(NamedTuple):
@@ -59,6 +69,11 @@ class Way(NamedTuple):
     source: Source | None
     backbone: nn.Module | None
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        """Backbone, projector and predictor, as far as there are."""
+        return [part for part in (self.backbone, *self.heads.modules) if part is not None]
+
 
 class _Look(NamedTuple):
     """What the step's global crops give when they go the way of local ones.
@@ -69,6 +84,7 @@ class _Look(NamedTuple):
         comparable: Whether the step's predictions must be among `preds`.
         reached: The ids of the leaves that the gradient of predictions ends at; None if they are hidden.
         moved: Layers whose running statistics are no longer what they were.
+        parts: As in `HostStep`.
     """
 
     preds: list[Tensor]
@@ -76,9 +92,12 @@ class _Look(NamedTuple):
     comparable: bool
     reached: set[int] | None
     moved: set[nn.Module]
+    parts: Mapping[nn.Module, list[tuple[Tensor, Tensor]]]
 
 
-_CURE = "name with online= a method from images to what the criterion is given."
+_CURE = (
+    "name with online= a method from images to what the criterion is given; if there is none, use LoGoLoss directly."
+)
 
 
 @eager
@@ -100,21 +119,27 @@ def check_online(model: nn.Module, step: HostStep, way: Way, *, asked: bool) -> 
     """
     observed, look = step.observed, _look(model, step, way)
     same = _same_predictions(step, way, look) if look.comparable else []
-    if other := _difference(model, step, way, look, same, asked):
-        raise RuntimeError(
-            f"the step of {type(model).__name__} {other} {way.method}, which LoGo forwards local crops with. What the "
-            f"step itself does to images or features is not in it: {_CURE}"
-        )
+    _refuse(model, way, _difference(model, step, way, look, same, asked))
     if any(same) and not (all(same) or observed.mutual or asked) and len(observed.targets) > 1:
         raise RuntimeError(
             f"the step of {type(model).__name__} predicts of other images than the global crops, too, such as mixed "
             "ones or those of a second data set, and local crops would be pulled to the targets of those: name with "
             "target= a method from global crops to their targets."
         )
-    trained = leaves_of(observed.preds)
-    if look.reached is None or trained is None:
-        return []
-    return _check_trained(model, way, look, trained, look.reached, asked)
+    trained, idle = leaves_of(observed.preds), list[nn.Module]()
+    if look.reached is not None and trained is not None:
+        idle = _check_trained(model, way, look, trained, look.reached, asked)
+    if not look.comparable:
+        _refuse(model, way, _hidden_difference(model, step, way, look))
+    return idle
+
+
+def _refuse(model: nn.Module, way: Way, other: str | None) -> None:
+    if other:
+        raise RuntimeError(
+            f"the step of {type(model).__name__} {other} {way.method}, which LoGo forwards local crops with. What the "
+            f"step itself does to images or features is not in it: {_CURE}"
+        )
 
 
 def _look(model: nn.Module, step: HostStep, way: Way) -> _Look:
@@ -127,7 +152,7 @@ def _look(model: nn.Module, step: HostStep, way: Way) -> _Look:
     def run(views: Sequence[Tensor]) -> Tensor:
         return torch.cat(run_online(way.methods, way.heads, way.source, views, features=features)[1])
 
-    with _kept_random_state(devices), kept_statistics(model, every=True):
+    with kept_random_state(devices), kept_statistics(model, every=True):
         with torch.no_grad():
             changed, outs = _changes_of(devices), []
             for view in views:
@@ -140,10 +165,15 @@ def _look(model: nn.Module, step: HostStep, way: Way) -> _Look:
             for count in sorted(at_once - {1}) if usual else []:
                 found.append(run([torch.cat(views[k : k + int(count)]) for k in range(0, len(views), int(count))]))
         before = {(layer, name): buffer.clone() for layer, name, buffer in statistics(model)}
-        reached = leaves_of([run([views[0][:2]])])
+        with calls_of(way.parts) as parts:
+            try:
+                reached = leaves_of([run([views[0][:2]])])  # two images, whose graph is small
+            except (AssertionError, RuntimeError, ValueError):  # which it does not take, if it splits its batch
+                parts.clear()
+                reached = leaves_of([run([views[0]])])
         moved = {layer for layer, name, buffer in statistics(model) if not torch.equal(buffer, before[layer, name])}
     preds = [part for whole in found for part in torch.split(whole, rows)]
-    return _Look(preds, images, usual and not drawn, reached, moved)
+    return _Look(preds, images, usual and not drawn, reached, moved, parts)
 
 
 def _same_predictions(step: HostStep, way: Way, look: _Look) -> list[bool]:
@@ -169,13 +199,29 @@ def _difference(model: nn.Module, step: HostStep, way: Way, look: _Look, same: l
         # A view that nothing is predicted of need not be among them.
         if not (all(known) if look.comparable and len(step.observed.preds) > 1 and not asked else any(known)):
             return "gives the backbone other images for global crops than"
-    if way.method == COMPOSED and not look.comparable and way.backbone is not None:
-        for before, after in pairwise((way.backbone, *way.heads.modules)):
-            given = [x for x, _ in step.parts.get(after, [])]
-            gave = [x.flatten(1) for _, x in step.parts.get(before, [])]
-            if not all(known_images(given, gave)):
-                return f"gives {_name(model, after)} something else than the output of {_name(model, before)}, unlike"
     return None
+
+
+def _hidden_difference(model: nn.Module, step: HostStep, way: Way, look: _Look) -> str | None:
+    """The same, of what random numbers hide in the predictions: what happens between the parts and after them."""
+    for before, after in pairwise(way.parts):
+        called = before in look.parts and (before in step.parts or way.method == COMPOSED) and after in step.parts
+        if called and _follows(step.parts, before, after) != _follows(look.parts, before, after):
+            return f"gives {_name(model, after)} something else than the output of {_name(model, before)}, unlike"
+    other_lengths = _are_units(step.observed.preds) != _are_units(look.preds)
+    if way.source is None and other_lengths and not _blind_to_lengths(step.observed):
+        return "gives the criterion vectors of other lengths than"
+    return None
+
+
+def _follows(parts: Mapping[nn.Module, list[tuple[Tensor, Tensor]]], before: nn.Module, after: nn.Module) -> bool:
+    """Whether one part is given what the other one gives."""
+    given = [x.flatten(1) for x, _ in parts.get(after, [])]
+    return all(known_images(given, [x.flatten(1) for _, x in parts.get(before, [])]))
+
+
+def _are_units(preds: Sequence[Tensor]) -> bool:
+    return all(bool(((x.detach().float().norm(dim=1) - 1).abs() < 0.02).all()) for x in preds)
 
 
 def _check_trained(
@@ -210,7 +256,10 @@ def _check_trained(
 @torch.no_grad()
 def _blind_to_lengths(observed: Observed) -> bool:
     repeat, pred, target = observed.any_similarity, observed.preds[0].detach(), observed.targets[0]
-    return torch.allclose(repeat(F.normalize(pred, dim=1), target), repeat(pred, target), rtol=1e-2, atol=1e-3)
+    # Not of length 1, which those that the step gives may have already.
+    lengths = torch.logspace(-2, 2, len(pred), device=pred.device, dtype=pred.dtype)[:, None]
+    other = F.normalize(pred, dim=1) * lengths
+    return torch.allclose(repeat(other, target), repeat(pred, target), rtol=1e-2, atol=1e-3)
 
 
 def known_images(images: list[Tensor], fed: list[Tensor]) -> list[bool]:
@@ -252,17 +301,3 @@ def _changes_of(devices: list[torch.device]) -> Callable[[], bool]:
     """Whether any of it has been drawn from since."""
     before = _random_state(devices)
     return lambda: _random_state(devices) != before
-
-
-@contextmanager
-def _kept_random_state(devices: list[torch.device]) -> Iterator[None]:
-    """torch's, Python's and, if it is in use, numpy's."""
-    numpy = sys.modules.get("numpy")
-    python, arrays = random.getstate(), None if numpy is None else numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(arrays)
