@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from logo_plugin.checks import views_alone
 from logo_plugin.crops import DeferredViews
 from logo_plugin.observing import has_queue, is_symmetric, on_a_copy
-from logo_plugin.online import Heads, Method, Source, run_online, width
+from logo_plugin.online import Heads, Method, Source, chosen, run_online, width
 from logo_plugin.stepping import logo_step, loss_of, methods_of
 from logo_plugin.wrapped import Settings, Step, resolve
 
@@ -201,7 +201,8 @@ def _online(model: PlainModel, views: Sequence[Tensor]) -> tuple[list[Tensor], l
     heads = model.find_heads(model.logo_settings.projector)
     source = None if model.logo_settings.online else Source(heads.predictor is not None, False)
     outs: list[Any] = []
-    methods: list[tuple[str, Method]] = [(name, _noting(method, outs)) for name, method in methods_of(model, heads)]
+    found = chosen(model, methods_of(model, heads), heads, source, views[0])
+    methods: list[tuple[str, Method]] = [(name, _noting(method, outs)) for name, method in found]
     _, preds, projs = run_online(methods, heads, source, views)
     if source is not None:
         # Where a method makes something else of them, that is what the loop has, and `logo_step` judges it.

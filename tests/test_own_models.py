@@ -1354,6 +1354,45 @@ def test_a_criterion_that_is_a_part_of_the_loss(model):
         assert torch.isfinite(wrap(copy.deepcopy(model), **options).training_step(batch(), 0))
 
 
+def test_a_method_that_is_tried_in_vain_leaves_no_trace():
+    """Neither in the running statistics, which each of the four crops moves once, nor in the random numbers."""
+
+    class FeaturesOnly(dropping(SimSiam)):
+        def forward(self, x):
+            return F.dropout(self.backbone(x), 0.1)
+
+    torch.manual_seed(0)
+    model, other = FeaturesOnly(), dropping(SimSiam)()
+    other.load_state_dict(model.state_dict())
+    for host in (model, other):
+        torch.manual_seed(1)
+        wrap(host, affinity=None).training_step(batch(), 0)
+    assert model.backbone[1].num_batches_tracked == 4
+    assert torch.equal(model.logo_terms.total, other.logo_terms.total)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_forward_that_moves_the_target(fails):
+    """Before it fails for want of a second view (PCL), or for each crop."""
+
+    class Moves(SimSiam):
+        def __init__(self):
+            super().__init__()
+            self.target = copy.deepcopy(self.backbone).requires_grad_(False)
+
+        def forward(self, x, other=None):
+            with torch.no_grad():
+                for old, new in zip(self.target.parameters(), self.backbone.parameters(), strict=True):
+                    old.data = 0.9 * old.data + 0.1 * new.data
+            return self.both(x if not fails else x + other)
+
+    torch.manual_seed(0)
+    with pytest.raises(RuntimeError, match=r"of Moves moves parameters that nothing trains.* online="):
+        wrap(Moves()).training_step(batch(), 0)
+    model = Moves()
+    assert torch.isfinite(wrap(model, online=model.both).training_step(batch(), 0))
+
+
 def test_the_look_at_global_crops_changes_nothing():
     """Neither BatchNorm's running statistics nor the random numbers: two steps are as if it had not been."""
 

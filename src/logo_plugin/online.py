@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from logo_plugin.affinity import full_precision
 from logo_plugin.compiling import eager, eager_frame
 from logo_plugin.local_predictor import stand_in
+from logo_plugin.modes import kept_random_state, kept_statistics
 
 Outputs = dict[nn.Module, list[Tensor]]
 Method = Callable[[Tensor], Any]
@@ -253,6 +254,23 @@ def run_online(
         f"{[name for name, _ in methods]}).{failures} Name the method from images to predictions with online=, or the "
         "projector with projector=."
     )
+
+
+@eager_frame
+def chosen(
+    model: nn.Module,
+    methods: Sequence[tuple[str, Method]],
+    heads: Heads,
+    source: Source | None,
+    view: Tensor,
+    **options: Any,
+) -> Sequence[tuple[str, Method]]:
+    """Of several methods the one that runs the heads, as `run_online` finds it, by a try that leaves no trace."""
+    if len(methods) < 2:
+        return methods
+    with kept_random_state([view.device] if view.is_cuda else []), kept_statistics(model, every=True):
+        name, *_ = run_online(methods, heads, source, [view], **options)
+    return [method for method in methods if method[0] == name]
 
 
 COMPOSED = "backbone, projector, predictor"

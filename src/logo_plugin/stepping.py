@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from logo_plugin.checks import warn_of_large_local_crops
@@ -26,6 +27,7 @@ from logo_plugin.online import (
     Outputs,
     Source,
     calls_of,
+    chosen,
     entrances,
     images_of,
     leaves_of,
@@ -111,7 +113,12 @@ def _logo_step(
     if settings.target:
         with torch.no_grad():
             targets = [_call_option(model, "target", view) for view in global_views]
-    methods = methods_of(model, heads)
+    options: dict[str, Any] = {
+        "features": observed.preds[0].shape[1],
+        "global_shape": views[0].shape[1:],
+        "local_predictor": model.logo_local_predictor,
+    }
+    frozen = [p for p in model.parameters() if new and not p.requires_grad and not dist.is_initialized()]
     before_local = {(layer, name): buffer.clone() for layer, name, buffer in statistics(model)} if new else {}
     with local_forwards(
         model,
@@ -120,15 +127,15 @@ def _logo_step(
         running_stats=settings.local_running_stats,
         idle=[] if new else model._logo_idle,
     ):
+        of_frozen = versions(*frozen)
+        methods = chosen(model, methods_of(model, heads), heads, source, local_views[0], **options)
         method, local_pred, local_proj = run_online(
-            methods,
-            heads,
-            source,
-            local_views,
-            features=observed.preds[0].shape[1],
-            global_shape=views[0].shape[1:],
-            local_predictor=model.logo_local_predictor,
-            concat=settings.concat_local_crops,
+            methods, heads, source, local_views, concat=settings.concat_local_crops, **options
+        )
+    if versions(*frozen) != of_frozen:
+        raise RuntimeError(
+            f"{method} of {name} moves parameters that nothing trains, those of a target network, say, and each local "
+            "crop would move them again. Move them in the step, or name a method that does not with online=."
         )
     if new:
         model._logo_idle = check_online(
