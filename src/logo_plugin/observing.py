@@ -301,7 +301,8 @@ def read(
         _STATEFUL[criterion] = _STATEFUL.get(criterion, False) or watched.stateful()
         if _STATEFUL[criterion]:
             similarities = [on_a_copy(criterion, similarity, name, watched.start) for similarity in similarities]
-        if used[0][1].given is watched.calls[0].given and (parts[0].mutual or len(parts[0].preds) == 1):
+        known = watched.start or not _STATEFUL[criterion]  # its state before the first call
+        if known and used[0][1].given is watched.calls[0].given and (parts[0].mutual or len(parts[0].preds) == 1):
             first = parts[0].similarity
             repeat = on_a_copy(criterion, first, name, watched.start) if _STATEFUL[criterion] else first
             example = (repeat, _READS_MORE)
