@@ -39,9 +39,9 @@ class PlainModel(LightlyModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Of views (and their boxes), the loss; of a tensor, what the user's own forward gives."""
-        x, *boxes = args or [kwargs.get("x")]
-        if "_logo_at_step" in self.__dict__:  # the user's step may give its own forward the list
+        if self.__dict__.get("_logo_at_step") == id(self):  # the user's step may give its own forward the list
             return super().forward(*args, **kwargs)
+        x, *boxes = args or [kwargs.get("x")]
         if not isinstance(x, (list, tuple, DeferredViews)):
             out = super().forward(*args, **kwargs)
             if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -52,7 +52,7 @@ class PlainModel(LightlyModel):
         step: Any = self.logo_settings.step
         views_alone(type(self).__name__, x)
         views = views_of([x], type(self).__name__)
-        self.__dict__["_logo_at_step"] = True
+        self.__dict__["_logo_at_step"] = id(self)  # not that of a copy made meanwhile
         try:
             loss, _ = logo_step(self, lambda crops: step(self, crops), views, *boxes, **kwargs)
         finally:
@@ -65,8 +65,8 @@ class PlainModel(LightlyModel):
         if count == _STEPS_BEFORE_WARNING and not self._logo_sources:
             warnings.warn(
                 f"{type(self).__name__} was called {count} times in training with a tensor and never with the list of "
-                "views, so it trains without LoGo. In your loop loss = model(views) takes the place of its forwards "
-                "and its loss.",
+                "views, so it trains without LoGo. If that is not meant, loss = model(views) takes the place of the "
+                "forwards and the loss in your loop.",
                 stacklevel=4,
             )
         if isinstance(loss, Tensor) and not loss.ndim and loss.requires_grad:
@@ -91,7 +91,8 @@ class PlainModel(LightlyModel):
 
 
 def _known_step(model: PlainModel, settings: Settings, criterion: nn.Module, heads: Heads) -> Step:
-    if any(map(is_lazy, model.parameters())):
+    tried = [part for part in (model.find_backbone(heads), *heads.modules) if part is not None]
+    if any(is_lazy(parameter) for part in tried for parameter in part.parameters()):
         raise ValueError(
             f"{type(model).__name__} has layers whose sizes are not known yet (LazyLinear and the like). Run it on one "
             "batch before wrap()."

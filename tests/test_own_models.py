@@ -1393,6 +1393,79 @@ def test_a_forward_that_moves_the_target(fails):
     assert torch.isfinite(wrap(model, online=model.both).training_step(batch(), 0))
 
 
+def test_graphs_compiled_in_a_step_are_cached_apart():
+    """inductor's cache on disk would give a step those of training without LoGo, which bear one gradient only."""
+    functorch, compiler = pytest.importorskip("torch._functorch.config"), pytest.importorskip("torch.compiler.config")
+    if not (getattr(functorch, "donated_buffer", False) and hasattr(compiler, "cache_key_tag")):
+        pytest.skip("this torch has no donated buffers, or no tag of its cache")
+
+    def settings():
+        return functorch.donated_buffer, compiler.cache_key_tag
+
+    class Records(nn.Module):
+        def forward(self, pred, target):
+            self.seen = settings()
+            return cosine(pred, target)
+
+    class Recorded(SimSiam):
+        loss = Records
+
+    before, model = settings(), wrap(Recorded())
+    model.training_step(batch(), 0)
+    assert settings() == before
+    assert model.criterion.seen[1] != before[1]
+    assert not model.criterion.seen[0]
+
+
+def test_heads_that_work_in_place_with_random_numbers():
+    """What a head is given is compared as it was before."""
+
+    class InPlaceHead(SimSiam):
+        def __init__(self):
+            super().__init__()
+            self.projection_head = nn.Sequential(nn.ReLU(inplace=True), mlp(8, 10), nn.Dropout(0.1))
+
+        def both(self, x):
+            z = self.projection_head(self.backbone(x).flatten(1))
+            return z, self.prediction_head(z)
+
+    class MeanTarget(dropping(SimSiam)):
+        """An extra call of the projector, on other features."""
+
+        def training_step(self, batch, batch_idx):
+            f0, f1 = (self.backbone(x).flatten(1) for x in batch[0])
+            p0, p1 = (self.prediction_head(self.projection_head(f)) for f in (f0, f1))
+            target = self.projection_head((f0 + f1) / 2).detach()
+            return (self.criterion(p0, target) + self.criterion(p1, target)) / 2
+
+    for model in (InPlaceHead, MeanTarget):
+        torch.manual_seed(0)
+        assert torch.isfinite(wrap(model()).training_step(batch(), 0))
+
+
+def test_criteria_that_need_gradient():
+    class Hooks(nn.Module):
+        def forward(self, pred, target):
+            pred.register_hook(lambda gradient: gradient)
+            return cosine(pred, target)
+
+    class Sometimes(nn.Module):
+        def forward(self, pred, target):
+            return cosine(pred, target) * random.choice([0.5, 1.0])
+
+    class OnlyInTraining(nn.Module):
+        def forward(self, pred, target):
+            return cosine(pred, target) + (0.1 * pred.pow(2).mean() if torch.is_grad_enabled() else 0.0)
+
+    for criterion in (Hooks, Sometimes, OnlyInTraining):
+        for seed in range(6):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            model = SimSiam()
+            model.criterion = criterion()
+            assert torch.isfinite(wrap(model).training_step(batch(), 0))
+
+
 def test_the_look_at_global_crops_changes_nothing():
     """Neither BatchNorm's running statistics nor the random numbers: two steps are as if it had not been."""
 

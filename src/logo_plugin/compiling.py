@@ -34,11 +34,18 @@ def gradients_inside() -> Iterator[None]:
     if not getattr(config, "donated_buffer", False):
         yield
         return
+    # inductor's cache on disk does not tell graphs with and without apart.
+    cache: Any = sys.modules.get("torch.compiler.config")
+    tag = getattr(cache, "cache_key_tag", None)
     config.donated_buffer = False
+    if tag is not None:
+        cache.cache_key_tag = f"{tag} gradients inside"
     try:
         yield
     finally:
         config.donated_buffer = True
+        if tag is not None:
+            cache.cache_key_tag = tag
 
 
 @eager_frame

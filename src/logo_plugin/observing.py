@@ -378,9 +378,9 @@ _NO_INFO_NCE = (
     "which LoGo cannot repeat. Use LoGoLoss directly."
 )
 _READS_MORE = (
-    "gave {:.4g} in the step and gives {:.4g} after it for the same two tensors: it reads something that the step has "
-    "changed by then, as a queue of the model that holds the step's own keys. Make that a buffer of the criterion, "
-    "which the step writes to, so that LoGo can call it with what it held before."
+    "gave {:.4g} in the step and gives {:.4g} after it for the same two tensors: it changes them in place, or reads "
+    "something that the step has changed by then, as a queue of the model that holds the step's own keys. Make that a "
+    "buffer of the criterion, which the step writes to, so that LoGo can call it with what it held before."
 )
 _BOTH_IN_ONE = (
     " If both views are in one tensor, give the criterion two, first, second = features.chunk(2), and let it do all "

@@ -149,18 +149,31 @@ def images_of(modules: Iterable[nn.Module], but: Callable[[], bool] = lambda: Fa
 
 @contextmanager
 def calls_of(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[tuple[Tensor, Tensor]]]]:
-    """While it lasts, what modules were given first and what they gave is recorded, if gradient flows from there."""
+    """While it lasts, what each module gave and what all but the first were given is recorded, if gradient flows.
+
+    As copies, since a head may begin with a layer that works in place.
+    """
     found: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+    given: dict[nn.Module, Tensor] = {}
+    modules = list(modules)
 
     @eager
-    def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        given = next(iter((*args, *kwargs.values())), None)
-        if isinstance(given, Tensor) and isinstance(out, Tensor) and out.requires_grad:
-            found.setdefault(module, []).append((given.detach(), out.detach()))
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = next(iter((*args, *kwargs.values())), None)
+        if isinstance(x, Tensor):
+            given[module] = x.detach().clone()
+
+    @eager
+    def remember(module: nn.Module, _: Any, out: Any) -> None:
+        x = given.pop(module, None)
+        if isinstance(out, Tensor) and out.requires_grad and (module is modules[0] or x is not None):
+            found.setdefault(module, []).append((out if x is None else x, out.detach().clone()))
 
     with ExitStack() as stack:
+        for module in modules[1:]:
+            stack.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
         for module in modules:
-            stack.callback(module.register_forward_hook(remember, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(remember).remove)
         yield found
 
 
@@ -337,18 +350,23 @@ def _is_sum(x: Tensor) -> bool:
     return type(x.grad_fn).__name__.startswith(("AddBackward", "SubBackward"))
 
 
-def leaves_of(tensors: Iterable[Tensor]) -> set[int] | None:
-    """The ids of the tensors that the gradient of these ends at, without computing it; None if they are hidden."""
-    seen, leaves, todo = set(), set(), [tensor.grad_fn for tensor in tensors]
+def nodes_of(tensors: Iterable[Tensor]) -> set[Any]:
+    """All that the gradient of these goes through, without computing it."""
+    seen, todo = set(), [tensor.grad_fn for tensor in tensors]
     while todo:
         node: Any = todo.pop()
         if node is not None and node not in seen:
-            if type(node).__name__ == "CheckpointFunctionBackward":
-                return None
             seen.add(node)
-            leaves.add(id(getattr(node, "variable", None)))
             todo += [parent for parent, _ in node.next_functions]
-    return leaves
+    return seen
+
+
+def leaves_of(tensors: Iterable[Tensor]) -> set[int] | None:
+    """The ids of the tensors that the gradient of these ends at; None if they are hidden."""
+    nodes = nodes_of(tensors)
+    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes):
+        return None
+    return {id(getattr(node, "variable", None)) for node in nodes}
 
 
 def _plain(x: Tensor) -> Tensor:

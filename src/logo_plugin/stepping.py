@@ -19,7 +19,7 @@ from logo_plugin.compiling import eager, eager_frame, gradients_inside
 from logo_plugin.crops import CropBoxes, crop_overlap
 from logo_plugin.local_predictor import join_groups
 from logo_plugin.losses import LoGoTerms
-from logo_plugin.modes import kept_random_state, statistics
+from logo_plugin.modes import kept_random_state, kept_statistics, statistics
 from logo_plugin.observing import HALF_PRECISION, Example, Observed, is_symmetric, losses_of_views, versions
 from logo_plugin.online import (
     Heads,
@@ -31,6 +31,7 @@ from logo_plugin.online import (
     entrances,
     images_of,
     leaves_of,
+    nodes_of,
     origin_of,
     outputs_of,
     run_online,
@@ -118,7 +119,8 @@ def _logo_step(
         "global_shape": views[0].shape[1:],
         "local_predictor": model.logo_local_predictor,
     }
-    frozen = [p for p in model.parameters() if new and not p.requires_grad and not dist.is_initialized()]
+    # Weights, not the statistics or scales that some layers keep as parameters.
+    frozen = [p for p in model.parameters() if new and p.ndim > 1 and not (p.requires_grad or dist.is_initialized())]
     before_local = {(layer, name): buffer.clone() for layer, name, buffer in statistics(model)} if new else {}
     with local_forwards(
         model,
@@ -224,7 +226,9 @@ def _check_other_losses(name: str, heads: Heads, losses: dict[str, Tensor]) -> N
 def _warn_of_a_part(model: LoGoModel, host_loss: Tensor, observed: Observed, projections: Sequence[Tensor]) -> None:
     """Warns if the criterion is but a part of what trains the projector: its gradient there is not the loss's."""
     where = [z for z in projections if z.requires_grad]
-    if not where or leaves_of([host_loss]) is None:
+    # A compiled graph may keep nothing for a second gradient through it, nor does a checkpoint.
+    hidden = {"CheckpointFunctionBackward", "CompiledFunctionBackward"}
+    if not where or hidden & {type(node).__name__ for node in nodes_of([host_loss])}:
         return
     # Scaled as by a GradScaler: float16 has no room for the gradient of a mean over many images.
     of_loss, of_criterion = (
@@ -328,6 +332,7 @@ def methods_of(model: LoGoModel, heads: Heads) -> list[tuple[str, Method]]:
     return [method for method in methods if method[0] == found] or methods
 
 
+@eager
 def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads, images: int) -> Source | None:
     """Where the predictions come from, as this step showed, or an error: without that no local ones can be had."""
     settings = model.logo_settings
@@ -339,7 +344,7 @@ def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads, im
             "or inf in the first batch's images and in the weights; float16 overflows where bfloat16 does not."
         )
     if observed.example is not None:
-        _check_example(observed.example, name)
+        _check_example(observed.example, model, name)
     signs = observed.weights.sign().tolist()
     if min(signs) < 0 < max(signs):
         raise RuntimeError(
@@ -380,15 +385,17 @@ def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads, im
     return max(found)  # a predictor's, if any
 
 
-@torch.no_grad()
-def _check_example(example: Example, name: str) -> None:
-    """RuntimeError if the repetition gives another value, unless that is random."""
-    pred, value = example.pred, example.value
+def _check_example(example: Example, model: LoGoModel, name: str) -> None:
+    """RuntimeError if the repetition gives another value, unless that is random, as four of it tell."""
+    pred, value = example.pred, example.value.float()
     devices = [pred.device] if pred.is_cuda else []
-    with kept_random_state(devices):
-        repeated, again = (example.similarity(pred, example.target).float() for _ in range(2))
+    with kept_random_state(devices), kept_statistics(model, every=True), torch.enable_grad():
+        # Of copies, which the criterion may change in place, and with gradient, as in the step.
+        sides = [(pred.clone().requires_grad_().clone(), example.target.clone()) for _ in range(4)]
+        repeated, *again = (example.similarity(p, t).detach().float() for p, t in sides)
     relative, absolute = HALF_PRECISION if pred.dtype.itemsize < 4 else (1e-2, 1e-3)
-    if torch.equal(repeated, again) and not torch.allclose(repeated, value.float(), rtol=relative, atol=absolute):
+    same = torch.allclose(repeated, value, rtol=relative, atol=absolute)
+    if not same and all(torch.equal(repeated, x) for x in again):
         raise RuntimeError(f"{name} {example.otherwise.format(float(value), float(repeated))}")
 
 
