@@ -205,9 +205,8 @@ def _check_backbone(backbone: Any) -> None:
 
 
 def _warn_of_classifier(backbone: nn.Module) -> None:
-    library, last = type(backbone).__module__.partition(".")[0], [*backbone.modules()][-1]
+    library, (name, last) = type(backbone).__module__.partition(".")[0], [*backbone.named_modules()][-1]
     if library in ("torchvision", "timm") and isinstance(last, nn.Linear):
-        name = next(name for name, layer in backbone.named_modules() if layer is last)
         place = re.sub(r"\.(\d+)", r"[\1]", f"backbone.{name}")
         cure = "num_classes=0" if library == "timm" else f"{place} = torch.nn.Identity()"
         warnings.warn(

@@ -91,8 +91,7 @@ class PlainModel(LightlyModel):
 
 
 def _known_step(model: PlainModel, settings: Settings, criterion: nn.Module, heads: Heads) -> Step:
-    tried = [part for part in (model.find_backbone(heads), *heads.modules) if part is not None]
-    if any(is_lazy(parameter) for part in tried for parameter in part.parameters()):
+    if any(is_lazy(p) for part in heads.behind(model.find_backbone(heads)) for p in part.parameters()):
         raise ValueError(
             f"{type(model).__name__} has layers whose sizes are not known yet (LazyLinear and the like). Run it on one "
             "batch before wrap()."

@@ -36,6 +36,10 @@ class Heads(NamedTuple):
         """The heads there are."""
         return [self.projector] if self.predictor is None else [self.projector, self.predictor]
 
+    def behind(self, backbone: nn.Module | None) -> list[nn.Module]:
+        """The backbone, if there is one, and the heads."""
+        return self.modules if backbone is None else [backbone, *self.modules]
+
     @property
     def trained(self) -> bool:
         """Whether anything trains the projector, unlike a teacher's."""

@@ -85,7 +85,7 @@ def _logo_step(
     with (
         images_of(entrances(heads, backbone) if first else []) as fed,
         outputs_of(heads.modules) as ran,
-        calls_of([part for part in (backbone, *heads.modules) if part is not None] if first else []) as parts,
+        calls_of(heads.behind(backbone) if first else []) as parts,
         losses_of_views(_others(model) if first else {}) as more,
         model.watch_step(heads, ran) as observe,
     ):
@@ -120,7 +120,8 @@ def _logo_step(
         "local_predictor": model.logo_local_predictor,
     }
     # Weights, not the statistics or scales that some layers keep as parameters.
-    frozen = [p for p in model.parameters() if new and p.ndim > 1 and not (p.requires_grad or dist.is_initialized())]
+    looked_at = model.parameters() if new and not dist.is_initialized() else ()
+    frozen = [p for p in looked_at if p.ndim > 1 and not p.requires_grad]
     before_local = {(layer, name): buffer.clone() for layer, name, buffer in statistics(model)} if new else {}
     with local_forwards(
         model,

@@ -72,7 +72,7 @@ class Way(NamedTuple):
     @property
     def parts(self) -> list[nn.Module]:
         """Backbone, projector and predictor, as far as there are."""
-        return [part for part in (self.backbone, *self.heads.modules) if part is not None]
+        return self.heads.behind(self.backbone)
 
 
 class _Look(NamedTuple):
@@ -241,7 +241,7 @@ def _check_trained(
     """RuntimeError unless the way trains what the step's predictions do; gives what `check_online` gives."""
     own = {id(p): n for n, p in model.named_parameters() if not n.startswith("logo")}
     more, less = (reached - trained) & own.keys(), (trained - reached) & own.keys()
-    networks = [{id(p) for p in part.parameters()} for part in (way.backbone, *way.heads.modules) if part is not None]
+    networks = [{id(p) for p in part.parameters()} for part in way.parts]
     children = [{id(p) for p in child.parameters()} for child in way.heads.owner.children()]
     if not look.comparable:  # layers may be left out at random, but not all of a network
         more = more & set().union(*(ids for ids in networks if not ids & trained))
