@@ -35,12 +35,15 @@ def statistics(module: nn.Module, *, every: bool = False) -> Iterator[tuple[nn.M
 
 
 @contextmanager
-def kept_random_state(devices: list[torch.device]) -> Iterator[None]:
-    """Random numbers are drawn from where they were before: torch's, Python's and, if it is in use, numpy's."""
+def kept_random_state(device: torch.device) -> Iterator[None]:
+    """Random numbers are drawn from where they were before: torch's, Python's and, if it is in use, numpy's.
+
+    torch's on the CPU and, if `device` is a GPU, there.
+    """
     numpy = sys.modules.get("numpy")
     python, arrays = random.getstate(), None if numpy is None else numpy.random.get_state()
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
         random.setstate(python)

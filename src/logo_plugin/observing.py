@@ -69,9 +69,9 @@ class Example(NamedTuple):
     """What LoGo's repetition of the criterion must give again.
 
     Attributes:
-        pred: A prediction that the host gave the criterion, (N, D).
+        pred: A prediction that the host gave the criterion, (N, D), with gradient.
         target: Its target, (N, D).
-        value: What came of them.
+        value: What came of them, with gradient.
         similarity: The repetition.
         otherwise: What it means if that gives another value: a message with places for the two.
     """
@@ -319,7 +319,7 @@ def read(
         [target for target, _ in targets.values()],
         similarities if len(similarities) > 1 else similarities[0],
         bool(compared) and all(sides[::-1] in compared for sides in compared),
-        example and Example(parts[0].preds[0].detach(), parts[0].targets[-1], used[0][1].value.detach(), *example),
+        example and Example(parts[0].preds[0], parts[0].targets[-1], used[0][1].value, *example),
     )
 
 
@@ -343,25 +343,27 @@ def read_pairs(
     """
     preds, targets = [pred for pred, _ in pairs], [target.detach() for _, target in pairs]
     mean = torch.stack([similarity(pred, target) for pred, target in zip(preds, targets, strict=True)]).mean()
-    # Scaled as by a GradScaler: float16 has no room for the gradient of a mean over many images.
-    of_mean, of_loss = (
-        full_precision(
-            torch.cat(
-                torch.autograd.grad(x, preds, torch.full_like(x, 4096), retain_graph=True, materialize_grads=True)
-            )
-        )
-        for x in (mean, host_loss)
-    )
+    of_mean, of_loss = gradient(mean, preds), gradient(host_loss, preds)
     scale = (of_loss * of_mean).sum() / (of_mean * of_mean).sum().clamp_min(1e-30)
     if check:
         half = preds[0].dtype.itemsize < 4 or torch.is_autocast_enabled(preds[0].device.type)
-        cosine = float(F.cosine_similarity(of_loss.flatten(), of_mean.flatten(), dim=0))
+        cosine = float(F.cosine_similarity(of_loss, of_mean, dim=0))
         if not cosine > (0.98 if half else 0.9999):
             raise RuntimeError(
                 f"the loss of {model} is not the one that LoGo knows of this method: its gradient at the predictions "
                 "is another. Name the loss module with criterion=, or use LoGoLoss directly."
             )
     return Observed(scale[None], scale.to(mean.dtype), mean, len(pairs), preds, False, targets, similarity)
+
+
+def gradient(loss: Tensor, where: Sequence[Tensor]) -> Tensor:
+    """Of a loss at some tensors of its graph, which stays; flat, of float32 or wider, times 4,096.
+
+    Scaled as by a GradScaler: float16 has no room for the gradient of a mean over many images.
+    """
+    scale = torch.full_like(loss, 4096)
+    parts = torch.autograd.grad(loss, where, scale, retain_graph=True, materialize_grads=True)
+    return torch.cat([full_precision(part).flatten() for part in parts])
 
 
 class _Part(NamedTuple):

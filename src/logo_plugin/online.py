@@ -285,7 +285,7 @@ def chosen(
     """Of several methods the one that runs the heads, as `run_online` finds it, by a try that leaves no trace."""
     if len(methods) < 2:
         return methods
-    with kept_random_state([view.device] if view.is_cuda else []), kept_statistics(model, every=True):
+    with kept_random_state(view.device), kept_statistics(model, every=True):
         name, *_ = run_online(methods, heads, source, [view], **options)
     return [method for method in methods if method[0] == name]
 

@@ -20,7 +20,7 @@ from logo_plugin.crops import CropBoxes, crop_overlap
 from logo_plugin.local_predictor import join_groups
 from logo_plugin.losses import LoGoTerms
 from logo_plugin.modes import kept_random_state, kept_statistics, statistics
-from logo_plugin.observing import HALF_PRECISION, Example, Observed, is_symmetric, losses_of_views, versions
+from logo_plugin.observing import HALF_PRECISION, Example, Observed, gradient, is_symmetric, losses_of_views, versions
 from logo_plugin.online import (
     Heads,
     Method,
@@ -231,18 +231,8 @@ def _warn_of_a_part(model: LoGoModel, host_loss: Tensor, observed: Observed, pro
     hidden = {"CheckpointFunctionBackward", "CompiledFunctionBackward"}
     if not where or hidden & {type(node).__name__ for node in nodes_of([host_loss])}:
         return
-    # Scaled as by a GradScaler: float16 has no room for the gradient of a mean over many images.
-    of_loss, of_criterion = (
-        torch.cat(
-            [
-                part.flatten().float()
-                for part in torch.autograd.grad(
-                    loss, where, torch.full_like(loss, 4096), retain_graph=True, materialize_grads=True
-                )
-            ]
-        )
-        for loss in (host_loss, observed.scale * observed.global_global)
-    )
+    of_loss = gradient(host_loss, where)
+    of_criterion = gradient(observed.scale * observed.global_global, where)
     if float((of_loss - of_criterion).norm()) > 0.1 * float(of_loss.norm()):
         warnings.warn(
             f"the loss of {type(model).__name__} trains its projector by more than the criterion that LoGo extends, as "
@@ -388,9 +378,8 @@ def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads, im
 
 def _check_example(example: Example, model: LoGoModel, name: str) -> None:
     """RuntimeError if the repetition gives another value, unless that is random, as four of it tell."""
-    pred, value = example.pred, example.value.float()
-    devices = [pred.device] if pred.is_cuda else []
-    with kept_random_state(devices), kept_statistics(model, every=True), torch.enable_grad():
+    pred, value = example.pred.detach(), example.value.detach().float()
+    with kept_random_state(pred.device), kept_statistics(model, every=True), torch.enable_grad():
         # Of copies, which the criterion may change in place, and with gradient, as in the step.
         sides = [(pred.clone().requires_grad_().clone(), example.target.clone()) for _ in range(4)]
         repeated, *again = (example.similarity(p, t).detach().float() for p, t in sides)

@@ -146,17 +146,17 @@ def _look(model: nn.Module, step: HostStep, way: Way) -> _Look:
     """Leaves no trace."""
     views, rows, features = step.views, *step.observed.preds[0].shape
     at_once = {len(out) / len(views[0]) for outs in step.outputs.values() for out in outs}  # views in one batch
-    devices = [views[0].device] if views[0].is_cuda else []
+    device = views[0].device
     takers, images = entrances(way.heads, way.backbone), list[Tensor]()
 
     def run(views: Sequence[Tensor]) -> Tensor:
         return torch.cat(run_online(way.methods, way.heads, way.source, views, features=features)[1])
 
-    with kept_random_state(devices), kept_statistics(model, every=True):
+    with kept_random_state(device), kept_statistics(model, every=True):
         with torch.no_grad():
-            changed, outs = _changes_of(devices), []
+            changed, outs = _changes_of(device), []
             for view in views:
-                with images_of(takers, _changes_of(devices)) as given:
+                with images_of(takers, _changes_of(device)) as given:
                     outs.append(run([view]))
                 images += given
             found = [torch.cat(outs), run(views)]
@@ -300,15 +300,15 @@ def _equal(first: Tensor, second: Tensor) -> bool:
     return first.shape == second.shape and torch.allclose(first.float(), second.float(), rtol=1e-2, atol=1e-3)
 
 
-def _random_state(devices: list[torch.device]) -> list[Any]:
-    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+def _random_state(device: torch.device) -> list[Any]:
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
     numpy = sys.modules.get("numpy")
     arrays = {} if numpy is None else numpy.random.get_state(legacy=False)["state"]
     others = {key: value for key, value in arrays.items() if key != "key"}  # 624 words that change every 624 draws
     return [*(state.tolist() for state in states), random.getstate(), others]
 
 
-def _changes_of(devices: list[torch.device]) -> Callable[[], bool]:
+def _changes_of(device: torch.device) -> Callable[[], bool]:
     """Whether any of it has been drawn from since."""
-    before = _random_state(devices)
-    return lambda: _random_state(devices) != before
+    before = _random_state(device)
+    return lambda: _random_state(device) != before
