@@ -31,21 +31,17 @@ def gradients_inside() -> Iterator[None]:
     Not by `config.patch`, which in torch 2.14 leaves a new context variable behind at each use: memory would grow.
     """
     config: Any = sys.modules.get("torch._functorch.config")
-    if not getattr(config, "donated_buffer", False):
+    cache: Any = sys.modules.get("torch.compiler.config")  # since torch 2.6, whose buffers are the first to be donated
+    if cache is None or not getattr(config, "donated_buffer", False):
         yield
         return
     # inductor's cache on disk does not tell graphs with and without apart.
-    cache: Any = sys.modules.get("torch.compiler.config")
-    tag = getattr(cache, "cache_key_tag", None)
-    config.donated_buffer = False
-    if tag is not None:
-        cache.cache_key_tag = f"{tag} gradients inside"
+    tag = cache.cache_key_tag
+    config.donated_buffer, cache.cache_key_tag = False, f"{tag} gradients inside"
     try:
         yield
     finally:
-        config.donated_buffer = True
-        if tag is not None:
-            cache.cache_key_tag = tag
+        config.donated_buffer, cache.cache_key_tag = True, tag
 
 
 @eager_frame
