@@ -21,6 +21,7 @@ from logo_plugin.compiling import with_gradients_inside
 from logo_plugin.losses import LoGoLoss, LoGoTerms, info_nce
 from logo_plugin.modes import eval_mode, image_channels
 from logo_plugin.presets import with_queue
+from logo_plugin.ranks import in_group
 from logo_plugin.recomputing import local_forwards
 
 _BELOW = {"momentum": 1.0, "temperature": math.inf}
@@ -253,7 +254,7 @@ def _features(backbone: nn.Module, sizes: Sequence[int]) -> int:
 
 
 def _of_all_ranks(keys: Tensor) -> Tensor:
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_group():
         return keys
     gathered = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, keys)

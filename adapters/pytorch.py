@@ -19,6 +19,7 @@ from logo_plugin.checks import views_alone
 from logo_plugin.crops import DeferredViews
 from logo_plugin.observing import has_queue, is_symmetric, on_a_copy
 from logo_plugin.online import Heads, Method, Source, chosen, run_online, width
+from logo_plugin.ranks import rank_and_size
 from logo_plugin.stepping import logo_step, loss_of, methods_of
 from logo_plugin.wrapped import Settings, Step, resolve
 
@@ -135,20 +136,21 @@ def _may_give_targets(module: nn.Module, model: PlainModel, heads: Heads) -> boo
 def _kind(criterion: nn.Module, heads: Heads) -> str | None:
     """A symmetric criterion is a "similarity" of each image's pair or a "contrast" over the batch; others are None."""
     try:
-        first, second = torch.randn(2, 8, width(heads.projector), generator=torch.Generator().manual_seed(0)).to(
-            next(heads.projector.parameters()).device
-        )
+        # Other rows on each rank: a criterion that gathers would find copies among the negatives.
+        rank, ranks = rank_and_size()
+        drawn = torch.randn(2, 8 * ranks, width(heads.projector), generator=torch.Generator().manual_seed(0))
+        first, second = drawn[:, rank::ranks].to(next(heads.projector.parameters()).device)
         loss = on_a_copy(criterion, criterion, type(criterion).__name__)
-        if not is_symmetric(loss, first, second):
-            return None
-        with torch.no_grad():
+        symmetric = is_symmetric(loss, first, second)
+        with torch.no_grad():  # all of it on all ranks
             whole, unit = loss(first, second), loss(F.normalize(first, dim=1), F.normalize(second, dim=1))
-            if not (_is_lightlys(criterion) or torch.allclose(unit, whole, rtol=1e-3)):
-                return None  # the loop may normalise, or not
-            if loss(first, first) > whole:
-                return None  # a similarity, not a loss: the loop takes its negative
+            best = loss(first, first)
             halves = (loss(first[:4], second[:4]) + loss(first[4:], second[4:])) / 2
-            return "similarity" if torch.allclose(halves, whole, rtol=1e-3) else "contrast"
+        if not (symmetric and (_is_lightlys(criterion) or torch.allclose(unit, whole, rtol=1e-3))):
+            return None  # the loop may normalise, or not
+        if best > whole:
+            return None  # a similarity, not a loss: the loop takes its negative
+        return "similarity" if torch.allclose(halves, whole, rtol=1e-3) else "contrast"
     except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return None
 
@@ -226,9 +228,9 @@ def _gives(out: Any, pred: Tensor, model: PlainModel) -> bool:
     """Whether a prediction is among what a method gave, or of one length there where the criterion is blind to it."""
     unit = F.normalize(pred, dim=1)
     found = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.shape == pred.shape]
-    if any(torch.allclose(x, pred, rtol=1e-2, atol=1e-3) for x in found):
-        return True
+    same = any(torch.allclose(x, pred, rtol=1e-2, atol=1e-3) for x in found)
+    # On all ranks: the criterion may gather.
     criterion = resolve(model, model.logo_settings.criterion)
     loss = on_a_copy(criterion, criterion, type(criterion).__name__)
     blind = torch.allclose(loss(pred, pred.flip(0)), loss(unit, unit.flip(0)), rtol=1e-2, atol=1e-3)
-    return blind and any(torch.allclose(x, unit, rtol=1e-2, atol=1e-3) for x in found)
+    return same or (blind and any(torch.allclose(x, unit, rtol=1e-2, atol=1e-3) for x in found))

@@ -1,5 +1,6 @@
 """What two gloo ranks see of each other, and FSDP2; benchmarks/ranks.py has all models."""
 
+import random
 from functools import partial
 
 import hosts
@@ -128,3 +129,115 @@ def test_fsdp2_trains_as_ddp_does(tmp_path):
             assert mine.keys() == expected.keys()
             for key, value in expected.items():
                 torch.testing.assert_close(mine[key], value, msg=f"{name}: {key}")
+
+
+class Synced(torch.nn.Module):
+    """Centred over all ranks: each call is a collective, as SyncBatchNorm's is, which needs GPUs."""
+
+    def forward(self, x):
+        return x - torch.distributed.nn.functional.all_reduce(x.mean(0)) / dist.get_world_size()
+
+
+class Sampled(hosts.PlainSimSiam):
+    """Rank 0 draws a picture to log."""
+
+    def __init__(self):
+        super().__init__()
+        self.projection_head = torch.nn.Sequential(self.projection_head, Synced())
+
+    def forward(self, x):
+        if not dist.get_rank():
+            self.picture = x[random.randrange(len(x))]
+        return super().forward(x)
+
+
+class Dead(hosts.PlainSimCLR):
+    """Dropout hides the predictions, and a black image, whose row is zero, is on one rank only."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten())
+        relu, dropout = torch.nn.ReLU(), torch.nn.Dropout(0.1)
+        self.projection_head = torch.nn.Sequential(torch.nn.Linear(48, 16, bias=False), relu, dropout)
+
+    def host_loss(self, criterion, x0, x1):
+        a, b = (torch.nn.functional.normalize(self(x), dim=1) for x in (x0, x1))
+        return 0.5 * (criterion(a, b.detach()) + criterion(b, a.detach()))
+
+
+class Alternates(hosts.PlainSimSiam):
+    """Each second step is of another loss."""
+
+    steps = 0
+
+    def host_loss(self, criterion, x0, x1):
+        self.steps += 1
+        if self.steps % 2:
+            return super().host_loss(criterion, x0, x1)
+        return sum((self(x)[1] ** 2).mean() for x in (x0, x1))
+
+
+class Moves(hosts.PlainBYOL):
+    def forward(self, x):
+        self.update()
+        return super().forward(x)
+
+
+def stepping(cls, criterion, **options):
+    model = cls()
+    model.criterion = criterion
+    return wrap(model, step=hosts.own_step, local_weight=0.5, **options)
+
+
+def static():
+    model = hosts.PlainSimSiam()
+    model.prediction_head = DistributedDataParallel(model.prediction_head, static_graph=True)
+    return wrap(model, criterion=NegativeCosineSimilarity(), gradient_ratio=0.1)
+
+
+gathering = partial(NTXentLoss, gather_distributed=True)
+TOGETHER = {
+    "a gathering criterion": lambda: wrap(hosts.PlainSimCLR(), criterion=gathering(temperature=0.1), local_weight=0.5),
+    "random on one rank": partial(stepping, Sampled, NegativeCosineSimilarity()),
+    "a dead row on one rank": partial(stepping, Dead, gathering(), online="forward"),
+    "a step without LoGo": partial(stepping, Alternates, NegativeCosineSimilarity(), local_predictor=True),
+}
+REFUSED = {
+    "takes the first one for that of backward": static,
+    "moves parameters that nothing trains": partial(stepping, Moves, NegativeCosineSimilarity()),
+}
+
+
+def run_together(rank, folder):
+    join(rank, folder)
+    found = {}
+    for name, make in TOGETHER.items():
+        model = seeded(make)
+        replica, optimizer = DistributedDataParallel(model), torch.optim.SGD(model.parameters(), lr=0.05)
+        for i in range(3):
+            crops = views(2 * i + rank)
+            if rank:
+                for view in crops:
+                    view[0] = 0
+            optimizer.zero_grad()
+            replica(crops).backward()
+            optimizer.step()
+        found[name] = {key: p.detach() for key, p in model.named_parameters()}
+    for message, make in REFUSED.items():
+        try:
+            found[message] = seeded(make)(views(rank))
+        except RuntimeError as error:
+            found[message] = str(error)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_go_the_same_way(tmp_path):
+    """Whatever each sees of its own data: else collectives would meet others, and training would hang."""
+    first, second = in_group(run_together, tmp_path)
+    for name in TOGETHER:
+        for key, value in first[name].items():
+            torch.testing.assert_close(value, second[name][key], rtol=0, atol=0, msg=f"{name}: {key}")
+    for message in REFUSED:
+        assert message in first[message]
+        assert message in second[message]

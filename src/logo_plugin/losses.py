@@ -15,6 +15,7 @@ from logo_plugin.checks import Views, as_views, flag, options_by_name, same_shap
 from logo_plugin.checks import choice as _choice
 from logo_plugin.checks import weight as _weight
 from logo_plugin.compiling import eager, with_gradients_inside
+from logo_plugin.graphs import nodes_of
 from logo_plugin.presets import PRESETS, with_preset
 from logo_plugin.similarities import Similarity, info_nce, mean_over_pairs, mean_target, negative_cosine
 
@@ -372,6 +373,12 @@ def _takes_pairs(module: nn.Module) -> bool:
     return True
 
 
+def _is_static_ddp(node: Any) -> bool:
+    """Whether it ends a DDP's forward that is the first of a static graph."""
+    ddp = getattr(node, "ddp_weakref", None)
+    return ddp is not None and bool(ddp().static_graph)
+
+
 @eager  # torch.compile would see no way from proj to preds, and take the gradient for zero
 def _capped_weight(
     pull: Tensor, local_local: Tensor, proj: Sequence[Tensor], preds: Sequence[Tensor], ratio: float | Tensor
@@ -383,6 +390,12 @@ def _capped_weight(
             "gradient_ratio compares gradients at local_proj, and local_pred comes out of one graph of torch.compile "
             "with it, through which no gradient goes from one to the other. Compile encoder and predictor apart, or "
             "give a fixed local_weight."
+        )
+    if any(_is_static_ddp(node) for node in nodes_of(preds, proj)):
+        raise RuntimeError(
+            "gradient_ratio takes a gradient through the predictor, and its DistributedDataParallel(static_graph=True) "
+            "takes the first one for that of backward, so that the ranks would differ. Put one DistributedDataParallel "
+            "around the whole model, leave static_graph away, or give a fixed local_weight."
         )
     norms = []
     for term in (pull, local_local):

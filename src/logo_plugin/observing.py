@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logo_plugin.affinity import full_precision
 from logo_plugin.compiling import eager
+from logo_plugin.graphs import gradient
 from logo_plugin.losses import Similarity, info_nce
 
 Key = int | str  # of an argument: its position or its name
@@ -354,16 +354,6 @@ def read_pairs(
                 "is another. Name the loss module with criterion=, or use LoGoLoss directly."
             )
     return Observed(scale[None], scale.to(mean.dtype), mean, len(pairs), preds, False, targets, similarity)
-
-
-def gradient(loss: Tensor, where: Sequence[Tensor]) -> Tensor:
-    """Of a loss at some tensors of its graph, which stays; flat, of float32 or wider, times 4,096.
-
-    Scaled as by a GradScaler: float16 has no room for the gradient of a mean over many images.
-    """
-    scale = torch.full_like(loss, 4096)
-    parts = torch.autograd.grad(loss, where, scale, retain_graph=True, materialize_grads=True)
-    return torch.cat([full_precision(part).flatten() for part in parts])
 
 
 class _Part(NamedTuple):

@@ -354,25 +354,6 @@ def _is_sum(x: Tensor) -> bool:
     return type(x.grad_fn).__name__.startswith(("AddBackward", "SubBackward"))
 
 
-def nodes_of(tensors: Iterable[Tensor]) -> set[Any]:
-    """All that the gradient of these goes through, without computing it."""
-    seen, todo = set(), [tensor.grad_fn for tensor in tensors]
-    while todo:
-        node: Any = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo += [parent for parent, _ in node.next_functions]
-    return seen
-
-
-def leaves_of(tensors: Iterable[Tensor]) -> set[int] | None:
-    """The ids of the tensors that the gradient of these ends at; None if they are hidden."""
-    nodes = nodes_of(tensors)
-    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes):
-        return None
-    return {id(getattr(node, "variable", None)) for node in nodes}
-
-
 def _plain(x: Tensor) -> Tensor:
     return full_precision(x.detach())
 

@@ -11,16 +11,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from logo_plugin.checks import warn_of_large_local_crops
 from logo_plugin.compiling import eager, eager_frame, gradients_inside
 from logo_plugin.crops import CropBoxes, crop_overlap
+from logo_plugin.graphs import gradient, leaves_of, nodes_of
 from logo_plugin.local_predictor import join_groups
 from logo_plugin.losses import LoGoTerms
 from logo_plugin.modes import kept_random_state, kept_statistics, statistics
-from logo_plugin.observing import HALF_PRECISION, Example, Observed, gradient, is_symmetric, losses_of_views, versions
+from logo_plugin.observing import HALF_PRECISION, Example, Observed, is_symmetric, losses_of_views, versions
 from logo_plugin.online import (
     Heads,
     Method,
@@ -30,14 +30,13 @@ from logo_plugin.online import (
     chosen,
     entrances,
     images_of,
-    leaves_of,
-    nodes_of,
     origin_of,
     outputs_of,
     run_online,
     source_of,
 )
 from logo_plugin.progress import follow_trainer
+from logo_plugin.ranks import in_group
 from logo_plugin.recomputing import local_forwards
 from logo_plugin.verifying import HostStep, Way, check_online
 from logo_plugin.wrapped import LoGoModel, resolve
@@ -100,14 +99,13 @@ def _logo_step(
     host_loss = _checked_loss(name, out)
     observed = observe(host_loss)
     if observed is None:
-        return out, None
+        return _with_loss(out, _in_the_graph(model, host_loss)), None
     _check_other_losses(name, heads, more)
     if first and model.logo.reduction == "pairs" and model.logo.local_global_weight:
         _warn_of_a_part(model, host_loss, observed, ran.get(heads.projector, []))
     # How predictions come from the heads may change with the epoch: then it is looked up anew.
-    kind = (observed.mutual, *(origin_of(pred, ran, heads) for pred in observed.preds))
-    if model._logo_idle:  # a frozen backbone, perhaps, that is trained from some epoch on
-        kind = (*kind, sum(parameter.requires_grad for parameter in model.parameters()))
+    origins = (observed.mutual, *(origin_of(pred, ran, heads) for pred in observed.preds))
+    kind = _kind(model, origins)
     new = kind not in model._logo_sources
     source = _source(model, observed, ran, heads, len(global_views[0])) if new else model._logo_sources[kind]
     targets = observed.targets
@@ -120,7 +118,7 @@ def _logo_step(
         "local_predictor": model.logo_local_predictor,
     }
     # Weights, not the statistics or scales that some layers keep as parameters.
-    looked_at = model.parameters() if new and not dist.is_initialized() else ()
+    looked_at = model.parameters() if new and not _is_sharded(model) else ()
     frozen = [p for p in looked_at if p.ndim > 1 and not p.requires_grad]
     before_local = {(layer, name): buffer.clone() for layer, name, buffer in statistics(model)} if new else {}
     with local_forwards(
@@ -168,11 +166,39 @@ def _logo_step(
         similarity=observed.similarity,
         local_overlap=overlap,
     )
-    model._logo_sources[kind] = source
+    if new:
+        model._logo_sources[_kind(model, origins)] = source
     model.__dict__["_logo_online"] = method
     model.logo_terms = terms.detach()
     model.logo_local_proj = [z.detach() for z in local_proj]
-    return ({**out, "loss": terms.total} if isinstance(out, dict) else terms.total), model.logo_terms
+    return _with_loss(out, terms.total), model.logo_terms
+
+
+def _kind(model: LoGoModel, origins: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a step is looked at once for."""
+    if not model._logo_idle:
+        return origins
+    # A frozen backbone, perhaps, that is trained from some epoch on.
+    return (*origins, sum(parameter.requires_grad for parameter in model.parameters()))
+
+
+def _with_loss(out: Any, loss: Tensor) -> Any:
+    return {**out, "loss": loss} if isinstance(out, dict) else loss
+
+
+def _in_the_graph(model: LoGoModel, host_loss: Tensor) -> Tensor:
+    """The loss of a step without LoGo; DDP waits for a gradient of each parameter, those that LoGo added too."""
+    if not in_group():
+        return host_loss
+    added = [module for module in (model.logo, model.logo_local_predictor) if module is not None]
+    nothing = [p.flatten()[:0].sum().to(host_loss) for module in added for p in module.parameters() if p.requires_grad]
+    return sum(nothing, host_loss)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP moves the parameters of a part, which are changed by each forward then."""
+    fsdp = {"FSDPModule", "FullyShardedDataParallel"}
+    return any(cls.__name__ in fsdp for module in model.modules() for cls in type(module).__mro__)
 
 
 @eager
@@ -227,8 +253,9 @@ def _check_other_losses(name: str, heads: Heads, losses: dict[str, Tensor]) -> N
 def _warn_of_a_part(model: LoGoModel, host_loss: Tensor, observed: Observed, projections: Sequence[Tensor]) -> None:
     """Warns if the criterion is but a part of what trains the projector: its gradient there is not the loss's."""
     where = [z for z in projections if z.requires_grad]
-    # A compiled graph may keep nothing for a second gradient through it, nor does a checkpoint.
-    hidden = {"CheckpointFunctionBackward", "CompiledFunctionBackward"}
+    # A compiled graph may keep nothing for a second gradient through it, nor does a checkpoint; and DDP on a part, with
+    # static_graph, takes the first gradient for backward's.
+    hidden = {"CheckpointFunctionBackward", "CompiledFunctionBackward", "_DDPSinkBackward"}
     if not where or hidden & {type(node).__name__ for node in nodes_of([host_loss])}:
         return
     of_loss = gradient(host_loss, where)

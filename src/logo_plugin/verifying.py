@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logo_plugin.compiling import eager
+from logo_plugin.graphs import leaves_of
 from logo_plugin.modes import kept_random_state, kept_statistics, statistics
 from logo_plugin.observing import Observed
 from logo_plugin.online import (
@@ -22,7 +23,6 @@ from logo_plugin.online import (
     calls_of,
     entrances,
     images_of,
-    leaves_of,
     run_online,
 )
 
@@ -118,7 +118,9 @@ def check_online(model: nn.Module, step: HostStep, way: Way, *, asked: bool) -> 
         Layers whose running statistics the way moves though it trains nothing there, as in a target network.
     """
     observed, look = step.observed, _look(model, step, way)
-    same = _same_predictions(step, way, look) if look.comparable else []
+    # On all ranks: the criterion may gather.
+    blind = way.source is None and _blind_to_lengths(observed)
+    same = _same_predictions(step, look, blind) if look.comparable else []
     _refuse(model, way, _difference(model, step, way, look, same, asked))
     if any(same) and not (all(same) or observed.mutual or asked) and len(observed.targets) > 1:
         raise RuntimeError(
@@ -130,7 +132,7 @@ def check_online(model: nn.Module, step: HostStep, way: Way, *, asked: bool) -> 
     if look.reached is not None and trained is not None:
         idle = _check_trained(model, way, look, trained, look.reached, asked)
     if not look.comparable:
-        _refuse(model, way, _hidden_difference(model, step, way, look))
+        _refuse(model, way, _hidden_difference(model, step, way, look, blind))
     return idle
 
 
@@ -167,7 +169,7 @@ def _look(model: nn.Module, step: HostStep, way: Way) -> _Look:
         before = {(layer, name): buffer.clone() for layer, name, buffer in statistics(model)}
         with calls_of(way.parts) as parts:
             try:
-                for _ in range(4 if drawn else 1):  # what is at random between the parts is not in all
+                for _ in range(4):  # what is at random between the parts is not in all
                     reached = leaves_of([run([views[0][:2]])])  # two images, whose graph is small
             except (AssertionError, RuntimeError, ValueError):  # which it does not take, if it splits its batch
                 parts.clear()
@@ -177,7 +179,7 @@ def _look(model: nn.Module, step: HostStep, way: Way) -> _Look:
     return _Look(preds, images, usual and not drawn, reached, moved, parts)
 
 
-def _same_predictions(step: HostStep, way: Way, look: _Look) -> list[bool]:
+def _same_predictions(step: HostStep, look: _Look, blind: bool) -> list[bool]:
     """Which of the predictions that the step gave its criterion the look gave, too."""
 
     def among(change: Callable[[Tensor], Tensor]) -> list[bool]:
@@ -185,7 +187,7 @@ def _same_predictions(step: HostStep, way: Way, look: _Look) -> list[bool]:
         return [any(step.near(change(pred), part) for part in parts) for pred in step.observed.preds]
 
     same = among(lambda x: x)
-    if not any(same) and way.source is None and not step.observed.mutual and _blind_to_lengths(step.observed):
+    if blind and not (any(same) or step.observed.mutual):
         same = among(lambda x: F.normalize(x, dim=1))
     return same
 
@@ -203,7 +205,7 @@ def _difference(model: nn.Module, step: HostStep, way: Way, look: _Look, same: l
     return None
 
 
-def _hidden_difference(model: nn.Module, step: HostStep, way: Way, look: _Look) -> str | None:
+def _hidden_difference(model: nn.Module, step: HostStep, way: Way, look: _Look, blind: bool) -> str | None:
     """The same, of what random numbers hide in the predictions: what happens between the parts and after them."""
     for before, after in pairwise(way.parts):
         if before not in look.parts or not (before in step.parts or way.method == COMPOSED):
@@ -212,7 +214,7 @@ def _hidden_difference(model: nn.Module, step: HostStep, way: Way, look: _Look) 
         if host and own and ((all(own) and not any(host)) or (all(host) and not any(own))):
             return f"gives {_name(model, after)} something else than the output of {_name(model, before)}, unlike"
     other_lengths = _are_units(step.observed.preds) != _are_units(look.preds)
-    if way.source is None and other_lengths and not _blind_to_lengths(step.observed):
+    if way.source is None and other_lengths and not blind:
         return "gives the criterion vectors of other lengths than"
     return None
 
@@ -270,7 +272,10 @@ def _blind_to_lengths(observed: Observed) -> bool:
     # Not of length 1, which those that the step gives may have already.
     lengths = torch.logspace(-2, 2, len(pred), device=pred.device, dtype=pred.dtype)[:, None]
     other = F.normalize(pred, dim=1) * lengths
-    return torch.allclose(repeat(other, target), repeat(pred, target), rtol=1e-2, atol=1e-3)
+    try:
+        return torch.allclose(repeat(other, target), repeat(pred, target), rtol=1e-2, atol=1e-3)
+    except (AssertionError, RuntimeError, ValueError):  # it refuses other lengths than 1, say
+        return False
 
 
 def known_images(images: list[Tensor], fed: list[Tensor]) -> list[bool]:

@@ -1,0 +1,13 @@
+"""The process group, where there is one; torch can be built without."""
+
+import torch.distributed as dist
+
+
+def in_group() -> bool:
+    """Whether this process is one of several, or a group of its own."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Of this process in the default group; (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if in_group() else (0, 1)
