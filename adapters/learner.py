@@ -16,13 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logo_plugin.affinity import Affinity, full_precision
-from logo_plugin.checks import choice, flag, positive_integer, unknown_option, views_alone, warn_of_large_local_crops
+from logo_plugin.checks import (
+    choice,
+    flag,
+    positive_integer,
+    refuse_replica,
+    unknown_option,
+    views_alone,
+    warn_of_large_local_crops,
+)
 from logo_plugin.compiling import with_gradients_inside
-from logo_plugin.losses import LoGoLoss, LoGoTerms, info_nce
+from logo_plugin.losses import LoGoLoss, LoGoTerms
 from logo_plugin.modes import eval_mode, image_channels
 from logo_plugin.presets import with_queue
 from logo_plugin.ranks import in_group
 from logo_plugin.recomputing import local_forwards
+from logo_plugin.similarities import info_nce
 
 _BELOW = {"momentum": 1.0, "temperature": math.inf}
 # The papers': BYOL arXiv 2006.07733, SimSiam 2011.10566, MoCo v2 2003.04297.
@@ -114,7 +123,7 @@ class LoGoLearner(nn.Module):
             **with_queue(options, affinity) if moco else options,
         ).to(like.dtype)
         self.terms: LoGoTerms | None = None
-        self._warned = self._looked = False
+        self._warned = self._looked = self._said_eval = False
         self.to(like.device)
 
     def forward(self, views: Sequence[Tensor]) -> Tensor:
@@ -127,11 +136,7 @@ class LoGoLearner(nn.Module):
         if isinstance(views, Tensor):
             raise TypeError("LoGoLearner takes a list of views, got a tensor; learner.backbone(x) gives features.")
         views_alone("LoGoLearner", views)
-        if getattr(self, "_is_replica", False):  # nn.DataParallel's copy, for this forward only
-            raise RuntimeError(
-                "nn.DataParallel trains a copy of the learner in each step, so that neither the target nor the queue "
-                "would move. Use torch.nn.parallel.DistributedDataParallel(learner)."
-            )
+        refuse_replica(self, "neither the target nor the queue would move")
         count, learns = self.global_crops, self.training and torch.is_grad_enabled()
         if len(views) <= count and self.criterion.affinity is not None:
             raise ValueError(
@@ -139,17 +144,19 @@ class LoGoLearner(nn.Module):
                 "the data loader collate_fn=MultiCropCollate(...), and its dataset no transform; or go without "
                 "repulsion, affinity=None."
             )
-        if not (torch.compiler.is_compiling() or self._looked):
-            self._looked = True
-            if len(views) > count and len({view.shape[-2:] for view in views}) > 1:
+        if not torch.compiler.is_compiling():
+            if not self._looked and len(views) > count and len({view.shape[-2:] for view in views}) > 1:
                 warn_of_large_local_crops(views, count)
+            self._looked = True
+            self._warn_of_eval_mode()
         if learns and self.target is not None:
             # Not [*a, *b], which torch 2.4 does not compile behind a graph break.
             online = list(self.backbone.parameters()) + list(self.projector.parameters())
             _check_sharding(self, online)
             self._warn_of_half_precision(online)
-            for old, new in zip(self.target.parameters(), online, strict=True):
-                old.lerp_(new.detach(), 1 - self.momentum)
+            with torch.no_grad():  # the target may have been unfrozen with the rest
+                for old, new in zip(self.target.parameters(), online, strict=True):
+                    old.lerp_(new, 1 - self.momentum)
         proj, pred = self._online(views[:count])
         with torch.no_grad():
             target = proj if self.target is None else [self.target(view) for view in views[:count]]
@@ -166,6 +173,21 @@ class LoGoLearner(nn.Module):
         self.terms = terms.detach()
         return terms.total
 
+    def _warn_of_eval_mode(self) -> None:
+        if self._said_eval or (self.training and self.backbone.training) or not torch.is_grad_enabled():
+            return
+        if not any(p.requires_grad for p in self.backbone.parameters()):  # frozen
+            return
+        self._said_eval = True
+        what = "backbone" if self.training else "learner"
+        rests = "" if self.training else ", and neither the target nor the queue moves"
+        warnings.warn(
+            f"the {what} is in eval mode while the loss trains it: BatchNorm and dropout don't work as in training"
+            f"{rests}. Call learner.train() before the first step and after each evaluation; to look at the loss use "
+            "torch.no_grad().",
+            stacklevel=4,
+        )
+
     def _warn_of_half_precision(self, online: Sequence[Tensor]) -> None:
         if not self._warned and any(p.dtype.itemsize < 4 for p in online):
             self._warned = True
@@ -176,7 +198,11 @@ class LoGoLearner(nn.Module):
             )
 
     def _online(self, views: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        proj = [self.projector(self.backbone(view).flatten(1)) for view in views]
+        features = [self.backbone(view) for view in views]
+        for found in features:
+            if not isinstance(found, Tensor):
+                raise TypeError(_no_tensor(self.backbone, found, " in training mode"))
+        proj = [self.projector(found.flatten(1)) for found in features]
         torch._dynamo.graph_break()  # gradient_ratio takes a gradient at proj, between the graphs of torch.compile
         return proj, [self.predictor(z) for z in proj]
 
@@ -207,11 +233,15 @@ def _check_backbone(backbone: Any) -> None:
 
 def _warn_of_classifier(backbone: nn.Module) -> None:
     library, (name, last) = type(backbone).__module__.partition(".")[0], [*backbone.named_modules()][-1]
-    if library in ("torchvision", "timm") and isinstance(last, nn.Linear):
+    if library == "timm" and hasattr(backbone, "get_classifier"):
+        last = backbone.get_classifier()  # type: ignore[operator]
+        name = next((name for name, module in backbone.named_modules() if module is last), "")
+    if library in ("torchvision", "timm") and isinstance(last, (nn.Linear, nn.Conv2d)):
         place = re.sub(r"\.(\d+)", r"[\1]", f"backbone.{name}")
         cure = "num_classes=0" if library == "timm" else f"{place} = torch.nn.Identity()"
+        outputs = last.out_features if isinstance(last, nn.Linear) else last.out_channels
         warnings.warn(
-            f"{type(backbone).__name__} ends with its classifier {name!r}, so that its {last.out_features} outputs are "
+            f"{type(backbone).__name__} ends with its classifier {name!r}, so that its {outputs} outputs are "
             f"trained as the features. Take it off first: {cure}.",
             stacklevel=3,
         )
@@ -233,24 +263,38 @@ def _features(backbone: nn.Module, sizes: Sequence[int]) -> int:
     for size in sizes:
         positive_integer("each of image_size", size)
     like = next(backbone.parameters())
-    channels = image_channels(backbone)
     shapes: dict[int, tuple[int, ...]] = {}
-    try:
-        with eval_mode(backbone), torch.no_grad():  # BatchNorm's statistics stay
-            for size in sizes:
-                found = backbone(torch.zeros(1, channels, size, size).to(like))
-                if not isinstance(found, Tensor):
-                    raise TypeError(
-                        f"the backbone must give a tensor of features (N, F), and {type(backbone).__name__} gives "
-                        f"{type(found).__name__}: put a module around it that returns the features alone."
-                    )
-                shape = shapes[size] = tuple(found.shape)
-    except (AssertionError, RuntimeError, ValueError) as error:
-        hint = "in timm a ViT wants dynamic_img_size=True, a Swin strict_img_size=False; others want crops of one size"
-        raise ValueError(f"the backbone can't take images of {size} x {size} pixels ({error}): {hint}.") from error
+    failed: dict[int, Exception] = {}
+    for channels in dict.fromkeys((image_channels(backbone), 3, 1)):  # the first convolution may be no stem
+        try:
+            with eval_mode(backbone), torch.no_grad():  # BatchNorm's statistics stay
+                for size in sizes:
+                    found = backbone(torch.zeros(1, channels, size, size).to(like))
+                    if not isinstance(found, Tensor):
+                        raise TypeError(_no_tensor(backbone, found))
+                    shapes[size] = tuple(found.shape)
+            break
+        except (AssertionError, RuntimeError, ValueError) as error:
+            failed.setdefault(size, error)
+    else:
+        size, reason = next(iter(failed.items()))
+        raise ValueError(
+            f"the backbone can't take images of {size} x {size} pixels ({reason}): give the sides of your crops, "
+            "image_size=(32, 32) or so. For several sizes a ViT of timm wants dynamic_img_size=True, a Swin "
+            "strict_img_size=False; others want crops of one size."
+        ) from reason
+    shape = shapes[size]
     if len(set(shapes.values())) > 1 or shape[1:2] != (math.prod(shape[1:]),):
         raise ValueError(f"the backbone must give (1, F) for every size, got {shapes}; timm: num_classes=0 pools.")
     return shape[1]
+
+
+def _no_tensor(backbone: nn.Module, found: Any, when: str = "") -> str:
+    return (
+        f"the backbone must give a tensor of features (N, F), and {type(backbone).__name__} gives "
+        f"{type(found).__name__}{when}: put a module around it that returns the features alone, or turn the other "
+        "outputs off, as torchvision's aux_logits=False does."
+    )
 
 
 def _of_all_ranks(keys: Tensor) -> Tensor:

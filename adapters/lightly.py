@@ -4,6 +4,7 @@ lightly ships no model classes: users own a class, usually copied from an exampl
 runs unchanged on the global crops. Neither lightly nor Lightning is imported.
 """
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ NAMES = Names(
     projector=("projection_head", "projection_mlp", "projector"),
     predictor=("prediction_head", "prediction_mlp", "predictor", "online_predictor"),
 )
+_signature = functools.cache(inspect.signature)  # asked in every step
 _ONLINE = ("forward_student", "forward_query_encoder", "forward")
 _MASKED = "compares masked views with their prototypes, not two views with each other. LoGo cannot extend it"
 _ALL_VIEWS = "takes lists of views, and as many as there are. LoGo has nothing to add: give it local crops as views"
@@ -189,8 +191,8 @@ def views_of(batch: Any, name: str) -> list[Tensor]:
 
 def takes_two_views(module: nn.Module) -> bool:
     """Whether forward takes a pair of views, as lightly.models' of lightly 1.5."""
-    forward = getattr(module, "_logo_base", type(module)).forward
-    return "x1" in inspect.signature(forward).parameters
+    forward: Any = getattr(module, "_logo_base", type(module)).forward
+    return "x1" in _signature(forward).parameters
 
 
 def _describe(batch: Any) -> str:

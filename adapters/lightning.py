@@ -98,7 +98,8 @@ class LoGoMonitor(_Callback):
         Raises:
             TypeError: If it is not wrapped.
         """
-        if stage == "fit" and not isinstance(getattr(pl_module, "logo", None), LoGoLoss):
+        wrapped = isinstance(getattr(pl_module, "logo", None), LoGoLoss) and hasattr(pl_module, "logo_local_proj")
+        if stage == "fit" and not wrapped:
             raise TypeError(
                 f"LoGoMonitor measures what LoGo computes, and {type(pl_module).__name__} is not wrapped: use "
                 "wrap(model), or one of the logo_* methods in solo-learn."

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from logo_plugin.checks import views_alone
+from logo_plugin.compiling import eager
 from logo_plugin.crops import DeferredViews
 from logo_plugin.observing import has_queue, is_symmetric, on_a_copy
 from logo_plugin.online import Heads, Method, Source, chosen, run_online, width
@@ -77,12 +78,13 @@ class PlainModel(LightlyModel):
                 stacklevel=4,
             )
 
+    @eager
     def _warn_if_affinity_rests(self) -> None:
-        if self.logo.affinity is None or not self.training:
+        steps, first = self.__dict__.get("_logo_versions", (0, None))
+        if self.logo.affinity is None or not self.training or steps == _STEPS_BEFORE_WARNING:
             return
         versions = [p._version for p in self.logo.affinity.parameters()]
-        steps, first = self.__dict__.get("_logo_versions", (0, versions))
-        self.__dict__["_logo_versions"] = (steps + 1, first)
+        self.__dict__["_logo_versions"] = (steps + 1, versions if first is None else first)
         if versions and steps + 1 == _STEPS_BEFORE_WARNING and versions == first:
             warnings.warn(
                 f"the affinity's parameters have not changed in {_STEPS_BEFORE_WARNING} steps: build the optimizer "
@@ -223,6 +225,7 @@ def _noting(method: Method, outs: list[Any]) -> Method:
     return noted
 
 
+@eager
 @torch.no_grad()
 def _gives(out: Any, pred: Tensor, model: PlainModel) -> bool:
     """Whether a prediction is among what a method gave, or of one length there where the criterion is blind to it."""

@@ -263,6 +263,11 @@ def test_an_ordinary_stem_where_another_was_said():
         export_backbone(Holder(headless()), cifar_stem=1)
 
 
+def dead(net):
+    net.conv1.weight.data.fill_(float("nan"))
+    return net
+
+
 def two():
     parts = nn.ModuleDict({"left": headless(), "right": headless()})
     return parts.state_dict()
@@ -282,6 +287,7 @@ def two():
         (lambda: Holder(headless()), {"colour": 3}, r"timm can't build resnet18, colour=3 \(.*colour"),
         (two, {}, "several modules fit timm's resnet18: left, right. Say which with --backbone left"),
         (lambda: {"epoch": 3}, {}, "found no state dict, only epoch"),
+        (lambda: dead(headless()), {}, "gives nan or inf of an image: it was not trained well"),
         (lambda: [1], {}, "expected a module, a state dict or a checkpoint that holds one, got list"),
         (
             lambda: timm.create_model("resnet18", in_chans=4).state_dict(),
@@ -307,6 +313,11 @@ def test_files_that_are_none(tmp_path, capsys):
         assert main(["export", str(tmp_path / name), out, "--arch", "resnet18"]) == 1
         assert message in capsys.readouterr().err
     assert main(["export", str(tmp_path / "objects.ckpt"), out, "--arch", "resnet18", "--trust"]) == 0
+    torch.save({"model_state_dict": headless().state_dict()}, tmp_path / "tutorial.pt")
+    assert main(["export", str(tmp_path / "tutorial.pt"), out, "--arch", "resnet18"]) == 0
+    with pytest.raises(SystemExit):
+        main(["export", out, str(tmp_path), "--arch", "resnet18"])
+    assert f"{tmp_path} is a folder; give the name of a file in it" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["export", out, str(tmp_path / "no" / "b.pt"), "--arch", "resnet18"])
     assert f"no folder {tmp_path / 'no'} to write b.pt to" in capsys.readouterr().err

@@ -114,7 +114,8 @@ def test_the_target_follows_once_per_training_forward():
     learner(views())
     torch.testing.assert_close(targets[0], 0.9 * old + 0.1 * new)
     before = targets[0].clone()
-    learner.eval()(views())
+    with pytest.warns(UserWarning, match=r"the learner is in eval mode .*neither the target nor the queue moves"):
+        learner.eval()(views())
     with torch.no_grad():
         learner.train()(views())
     assert torch.equal(targets[0], before)
@@ -140,7 +141,8 @@ def test_the_queue_gets_the_keys_of_a_step_after_its_loss():
         logits = torch.cat([(z[i] * own.T).sum(1, keepdim=True), z[i] @ queue], 1) / 0.2
         values.append(-logits.log_softmax(1)[:, 0].mean())
     torch.testing.assert_close(learner.terms.global_global, sum(values) / 2)
-    learner.eval()(crops)
+    with pytest.warns(UserWarning, match="the learner is in eval mode"):
+        learner.eval()(crops)
     assert torch.equal(learner.queue[:, 12:], queue[:, :20])
     small = LoGoLearner(network(), "moco", affinity="learned", **SMALL, queue_size=8)
     small(crops).backward()  # more keys than places
@@ -210,6 +212,65 @@ def test_data_parallel_is_refused(method):
         replica(views())
 
 
+def test_a_backbone_left_in_eval_mode():
+    """By a look at its features, say. One that is frozen may be, and so may a single layer."""
+    net = network()
+    learner = LoGoLearner(net, "simsiam", affinity=None, **SMALL)
+    net[1].eval()
+    learner(views())
+    net.eval()
+    with torch.no_grad():
+        learner(views())
+    with pytest.warns(UserWarning, match=r"the backbone is in eval mode .* Call learner\.train\(\)"):
+        learner(views())
+    learner(views())  # said once
+    LoGoLearner(network().requires_grad_(False), "simsiam", affinity=None, **SMALL).backbone.eval()(views()[0])
+
+
+class Merging(nn.Linear):
+    """As LoRA's layers, which act on a change of mode."""
+
+    merged = False
+
+    def train(self, mode=True):
+        self.merged = not mode
+        return super().train(mode)
+
+
+class Stemless(nn.Module):
+    """Its first convolution takes what is no image."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.stem = nn.Conv2d(12, 8, 1), nn.PixelUnshuffle(2)
+
+    def forward(self, x):
+        return self.layer(self.stem(x)).mean((2, 3))
+
+
+class Auxiliary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x):
+        return (self.body(x), None) if self.training else self.body(x).flatten(1)
+
+
+def test_networks_with_ways_of_their_own():
+    merging = nn.Sequential(network(), nn.Flatten(), Merging(32, 8))
+    LoGoLearner(merging, **SMALL)
+    assert not merging[2].merged
+    LoGoLearner(Stemless(), "simsiam", affinity=None, **SMALL)(views()).backward()
+    lazy = nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    LoGoLearner(lazy, "simsiam", affinity=None, **SMALL)(views()).backward()
+    with pytest.raises(TypeError, match=r"Auxiliary gives tuple in training mode: put a module around it"):
+        LoGoLearner(Auxiliary(), "simsiam", **SMALL)(views())
+    learner = build("byol").requires_grad_(True)  # the target with the rest
+    learner(views()).backward()
+    assert all(p.grad is None for p in learner.target.parameters())
+
+
 def test_local_crops_as_large_as_global_ones():
     """More global crops than it was told of, or in another order."""
     for wrong in ([*views()[:2], *views()], views()[::-1]):
@@ -226,6 +287,7 @@ def test_local_crops_as_large_as_global_ones():
         ),
         (lambda: torchvision.models.mobilenet_v3_small(num_classes=7), r"7 outputs .*backbone\.classifier\[3\] = "),
         (lambda: timm.create_model("resnet10t"), "classifier 'fc', .*num_classes=0"),
+        (lambda: timm.create_model("regnetx_002"), r"classifier 'head\.fc', .*1000 outputs.*num_classes=0"),
     ],
 )
 def test_a_classifier_left_on(made, cure):
@@ -277,6 +339,7 @@ def test_it_has_the_precision_of_the_backbone(method):
         ({"backbone": nn.Conv2d(3, 4, 3)}, ValueError, r"must give \(1, F\) for every size.*num_classes=0"),
         ({"backbone": Pair()}, TypeError, "must give a tensor of features .*Pair gives tuple: put a module around it"),
         ({"backbone": nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 8))}, ValueError, "24 x 24 pixels"),
+        ({"backbone": network(), "image_size": (1,)}, ValueError, r"1 x 1 pixels .*image_size=\(32, 32\) or so"),
     ],
 )
 def test_errors_of_the_constructor(options, error, message):

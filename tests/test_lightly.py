@@ -219,9 +219,9 @@ class TestTerms:
 
 def test_presets():
     for model in (wrap(hosts.BYOL(), preset="paper"), wrap(hosts.BYOL, preset="paper")()):
-        assert model.logo.extra_repr() == LoGoLoss.paper().extra_repr()
+        assert model.logo.extra_repr() == LoGoLoss.paper(affinity=None).extra_repr()
     other = wrap(hosts.BYOL(), preset="release", local_weight=0.5)
-    assert other.logo.extra_repr() == LoGoLoss.release(local_weight=0.5).extra_repr()
+    assert other.logo.extra_repr() == LoGoLoss.release(affinity=None, local_weight=0.5).extra_repr()
     loss_of(other.training_step(batch(), 0)).backward()
 
 

@@ -9,13 +9,15 @@ import math
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from logo_plugin import Affinity, LoGoLoss, diagnose, info_nce
-from logo_plugin.losses import PRESETS, affinity_loss, local_local_loss
+from logo_plugin.affinity_terms import affinity_loss, local_local_loss
+from logo_plugin.presets import PRESETS
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "logo_reference.json").read_text())
 INPUTS = {name: torch.tensor(value, dtype=torch.float64) for name, value in GOLDEN["inputs"].items()}
@@ -178,8 +180,10 @@ class TestPresets:
         ],
     )
     def test_given_options_win(self, preset, options, expected):
-        criterion = getattr(LoGoLoss, preset)(**options)
+        criterion = getattr(LoGoLoss, preset)(affinity=None, **options)
         assert {name: getattr(criterion, name) for name in expected} == expected
+        with pytest.raises(ValueError, match=rf"{preset}\(affinity=Affinity\(dim\)\).*affinity=None is multi-crop"):
+            getattr(LoGoLoss, preset)(**options)
 
     def test_both_weights_are_still_too_many(self):
         with pytest.raises(ValueError, match="not both"):
@@ -484,7 +488,7 @@ class TestNegatives:
         assert seen == set(range(n))
 
     def test_positive_noise_has_the_documented_size(self):
-        z = torch.zeros(2, 500, 64)
+        z = torch.zeros(2, 500, 64, requires_grad=True)
         recorder = Recorder()
         _, arguments = encoder_outputs(n=500, d=64)
         arguments["local_proj"] = list(z)
@@ -670,7 +674,7 @@ def test_a_ratio_of_nothing_is_refused(make):
     """Without a pull of local crops the ratio caps the repulsion at zero; without an affinity there is none to cap."""
     with pytest.raises(ValueError, match=r"local_global_weight=0 leaves none.*fixed local_weight"):
         make(affinity=Affinity(8), local_global_weight=0)
-    make(local_global_weight=0)
+    make(affinity=None, local_global_weight=0)
     LoGoLoss.release(affinity=Affinity(8), local_global_weight=0, local_weight=1e-4)
     LoGoLoss(affinity=Affinity(8), local_global_weight=0, gradient_ratio=0)
 
@@ -712,6 +716,22 @@ def test_gradient_ratio_without_a_path_to_the_projection():
     arguments["local_proj"] = [z.detach().requires_grad_() for z in arguments["local_proj"]]
     with pytest.raises(ValueError, match="computed from the very tensors"):
         criterion(**arguments)
+
+
+def test_a_fixed_weight_without_a_path_to_the_encoder():
+    _, arguments = encoder_outputs(dtype=torch.float32)
+    arguments["local_proj"] = [z.detach() for z in arguments["local_proj"]]
+    with pytest.raises(ValueError, match="local_proj carries no gradient while local_pred does"):
+        LoGoLoss(affinity="cosine", local_weight=0.1, anneal_repulsion=False)(**arguments)
+    LoGoLoss(affinity=Affinity(8), local_weight=0)(**arguments)  # to watch the affinity
+    with torch.no_grad():
+        LoGoLoss(affinity=Affinity(8), local_weight=0.1)(**arguments)
+
+
+def test_numbers_of_numpy():
+    criterion = LoGoLoss(affinity="cosine", repulsion="logit")
+    criterion.anneal(np.float32(0.5))
+    assert criterion._strength.item() == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from photos import tiles
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
-from logo_plugin import LoGoMonitor, LoGoTerms, MultiCropCollate, MultiCropTransform, diagnose
+from logo_plugin import LoGoLoss, LoGoMonitor, LoGoTerms, MultiCropCollate, MultiCropTransform, diagnose
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_fabric.utilities.warnings.PossibleUserWarning"),
@@ -273,6 +273,10 @@ def test_a_logger_that_takes_no_picture(tmp_path):
 def test_a_model_that_is_not_wrapped():
     with pytest.raises(TypeError, match=r"BYOL is not wrapped: use wrap\(model\), or one of the logo_\* methods"):
         fit(hosts.BYOL(), callbacks=[LoGoMonitor()])
+    own = hosts.BYOL()
+    own.logo = LoGoLoss(affinity="cosine")
+    with pytest.raises(TypeError, match="BYOL is not wrapped"):
+        fit(own, callbacks=[LoGoMonitor()])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Models that people write: `wrap` trains them as computed by hand, or refuses them, and never trains them wrongly."""
 
 import copy
+import functools
 import importlib
 import itertools
 import math
@@ -1416,6 +1417,22 @@ def test_graphs_compiled_in_a_step_are_cached_apart(monkeypatch):
     assert settings() == before
     assert model.criterion.seen[1] != before[1]
     assert not model.criterion.seen[0]
+
+
+def test_data_parallel_copies_are_refused():
+    """What a copy's first step finds out would be lost with it, and with it each step's terms."""
+    model = wrap(SimSiam())
+    with pytest.raises(RuntimeError, match=r"would be lost\. Use torch\.nn\.parallel\.DistributedDataParallel"):
+        model._replicate_for_data_parallel().training_step(batch(), 0)
+
+
+def test_an_option_whose_name_has_braces():
+    def fails(options, x):
+        raise ValueError("boom")
+
+    model = wrap(SimSiam(), online=functools.partial(fails, {"a": 1}))
+    with pytest.raises(RuntimeError, match=r"{'a': 1}.* failed on crops .*ValueError: boom"):
+        model.training_step(batch(), 0)
 
 
 def test_heads_that_work_in_place_with_random_numbers():

@@ -16,7 +16,7 @@ from test_properties import examples, numbers, result_or_our_error
 from torch.utils.data import default_collate
 
 from logo_plugin import LoGoLoss, crop_overlap, wrap
-from logo_plugin.losses import PRESETS
+from logo_plugin.presets import PRESETS
 
 pytestmark = MARKS
 

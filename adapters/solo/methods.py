@@ -11,7 +11,7 @@ from solo import methods
 from solo.methods.base import BaseMethod, BaseMomentumMethod
 from torch import Tensor
 
-from logo_plugin.losses import Similarity
+from logo_plugin.similarities import Similarity
 
 KNOWN: dict[type, Any] = {}
 

@@ -8,9 +8,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from logo_plugin.checks import choice, positive_integer, unknown_option
-from logo_plugin.losses import PRESETS, LoGoLoss, with_preset
+from logo_plugin.losses import LoGoLoss
 from logo_plugin.placement import PLACEMENTS
-from logo_plugin.presets import with_queue
+from logo_plugin.presets import PRESETS, with_preset, with_queue
 
 # Of the local crops that are added to a config without any. None of size: as `crops.py` has it for the global ones'.
 LOCAL: dict[str, Any] = {"local_crops": 2, "local_size": None, "local_scale": (0.05, 0.4)}
@@ -87,9 +87,8 @@ def checked(given: Any, *, hidden: bool = False, queue: bool = False) -> dict[st
     affinity = given.get("affinity")
     if not (affinity is None or affinity is False or affinity in ("cosine", "learned")):
         raise ValueError(f"{PREFIX}affinity must be cosine, learned or false, got {given['affinity']!r}.")
-    several = ("fast_crops", "affinity")
     for name, default in OWN.items():
-        if name not in several and isinstance(default, bool) and not isinstance(given.get(name, False), bool):
+        if name != "fast_crops" and isinstance(default, bool) and not isinstance(given.get(name, False), bool):
             raise ValueError(f"{PREFIX}{name} must be true or false, got {given[name]!r}.")
     try:
         options = OPTIONS | with_preset(given.get("preset"), given)

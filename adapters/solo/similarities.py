@@ -21,7 +21,7 @@ from solo.losses.vicreg import vicreg_loss_func
 from torch import Tensor
 
 from logo_plugin.affinity import full_precision
-from logo_plugin.losses import Similarity
+from logo_plugin.similarities import Similarity
 
 
 def byol(model: Any, indexes: Tensor) -> Similarity:

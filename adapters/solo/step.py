@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from logo_plugin.affinity import Affinity
 from logo_plugin.crops import crop_overlap
 from logo_plugin.local_predictor import join_groups, stand_in
-from logo_plugin.losses import LoGoLoss, LoGoTerms, Similarity
+from logo_plugin.losses import LoGoLoss, LoGoTerms
 from logo_plugin.observing import HALF_PRECISION
 from logo_plugin.online import images_of
 from logo_plugin.progress import follow_trainer
 from logo_plugin.recomputing import local_forwards
+from logo_plugin.similarities import Similarity
 from logo_plugin.stepping import groups_of, join_optimizer, loss_of
 from logo_plugin.verifying import known_images
 

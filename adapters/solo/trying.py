@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from logo_plugin.adapters.solo.crops import side_lengths
 from logo_plugin.adapters.solo.options import PREFIX
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 
-from logo_plugin.losses import PRESETS, LoGoLoss
+from logo_plugin.losses import LoGoLoss
 from logo_plugin.modes import eval_mode, image_channels
+from logo_plugin.presets import PRESETS
 
 _SIZE_HINTS = {"vit": "+backbone.kwargs.dynamic_img_size=True", "swin": "+backbone.kwargs.strict_img_size=False"}
 
@@ -22,8 +24,8 @@ def dry_run(model: Any, cfg: DictConfig) -> int:
     """
     weight = next(model.parameters())
     channels = image_channels(model.backbone)
-    for size in [crop.crop_size for crop in cfg.get("augmentations") or []] or [224]:
-        height, width = size if isinstance(size, (list, tuple, ListConfig)) else (size, size)
+    for sides in [side_lengths(crop) for crop in cfg.get("augmentations") or []] or [[224]]:
+        height, width = sides[0], sides[-1]
         try:
             with eval_mode(model), torch.set_grad_enabled(cfg.method_kwargs.logo.gradient_ratio is not None):
                 found = model(torch.zeros(1, channels, height, width, dtype=weight.dtype, device=weight.device))

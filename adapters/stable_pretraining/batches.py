@@ -21,8 +21,8 @@ def read_batch(batch: Any, count: int, model: str) -> tuple[list[Tensor], dict[s
     Raises:
         ValueError: If it is another.
     """
-    views = batch.get("views", batch) if isinstance(batch, dict) else None
-    names = []
+    columns: dict[Any, Any] = batch if isinstance(batch, dict) else {}
+    views, names, local = columns.get("views", columns), list[Any](), list[Any]()
     if isinstance(views, dict):
         names, local = ([name for name in views if str(name).startswith(kind)] for kind in ("global", "local"))
         if len(names) not in (0, count):
@@ -30,11 +30,8 @@ def read_batch(batch: Any, count: int, model: str) -> tuple[list[Tensor], dict[s
                 f"the batch has {len(names)} global views, and {model} with LoGo takes {count}: change the transform, "
                 f"or give global_crops={len(names)}."
             )
-        kept = {name for name in batch if name not in {"views", *names, *local}}
         views = [views[name] for name in (*names, *local)]
-    else:
-        kept = {name for name in batch or () if name != "views"} if isinstance(batch, dict) else set()
-    others = {name: value for name, value in batch.items() if name in kept} if kept else {}
+    others = {name: value for name, value in columns.items() if name not in {"views", *names, *local}}
     boxes = others.pop("boxes", None)
     views = [{**others, "image": view} if isinstance(view, Tensor) else view for view in views or []]
     if not views or not all(isinstance(view, dict) and isinstance(view.get("image"), Tensor) for view in views):

@@ -9,7 +9,8 @@ try:
     from logo_plugin.affinity import Affinity
     from logo_plugin.crops import MultiCropCollate, MultiCropTransform, crop_overlap
     from logo_plugin.diagnostics import diagnose
-    from logo_plugin.losses import LoGoLoss, LoGoTerms, info_nce
+    from logo_plugin.losses import LoGoLoss, LoGoTerms
+    from logo_plugin.similarities import info_nce
     from logo_plugin.wrapping import wrap
 except (ImportError, OSError, RuntimeError) as error:  # torch or torchvision is missing, or they don't fit each other
     _failure = error  # the doctor runs all the same; any use of a name raises it

@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments and arguments[0] in commands:
         try:
             return commands[arguments[0]](arguments[1:])
-        except (ImportError, OSError, TypeError, ValueError) as error:
+        except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
             print(f"logo-plugin {arguments[0]}: {error}", file=sys.stderr)
             return 1
     if arguments[:1] == ["doctor"]:
@@ -61,6 +61,8 @@ def _export(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     if given.output.exists() and given.output.samefile(given.checkpoint):
         parser.error("the output would replace the checkpoint; give another name")
+    if given.output.is_dir():
+        parser.error(f"{given.output} is a folder; give the name of a file in it, as {given.output / 'backbone.pt'}")
     if not given.output.absolute().parent.is_dir():
         parser.error(f"there is no folder {given.output.parent} to write {given.output.name} to; make it first")
     import torch

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_NAMES = ("state_dict", "model", "model_state_dict", "learner", "net")
 Source = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 
 
@@ -16,7 +17,8 @@ def state_dict_of(source: Source, *, trust: bool = False) -> dict[str, Tensor]:
     """The tensors of a module, checkpoint, state dict, or of a file that holds one of them.
 
     Args:
-        source: A module; a state dict; a dict with one under "state_dict" (Lightning, solo-learn) or "model"; a path.
+        source: A module; a state dict; a dict with one under "state_dict" (Lightning, solo-learn) or another of
+            `_NAMES`; a path.
         trust: Read a file that holds other objects than tensors and plain values, which may run code.
 
     Returns:
@@ -31,12 +33,12 @@ def state_dict_of(source: Source, *, trust: bool = False) -> dict[str, Tensor]:
         found = found.state_dict()
     if not isinstance(found, Mapping):
         raise ValueError(f"expected a module, a state dict or a checkpoint that holds one, got {type(found).__name__}.")
-    held = next((found[key] for key in ("state_dict", "model") if isinstance(found.get(key), Mapping)), found)
+    held = next((found[key] for key in _NAMES if isinstance(found.get(key), Mapping)), found)
     tensors = {str(name): value.detach().cpu() for name, value in held.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(
             f"found no state dict, only {', '.join(map(str, list(found)[:8])) or 'nothing'}: a checkpoint holds names "
-            'and tensors, or has them under "state_dict" or "model".'
+            f"and tensors, or has them under one of {', '.join(_NAMES)}."
         )
     return tensors
 
@@ -50,16 +52,12 @@ def _read(path: Path, trust: bool) -> Any:
         reason = str(error)
         if trust or "Unsupported global" not in reason:
             raise ValueError(f"{path} is no checkpoint that torch.load can read ({reason.splitlines()[0]}).") from error
+        blocked = next(line.strip() for line in reason.splitlines() if "Unsupported global" in line)
         raise ValueError(
             f"{path} holds Python objects beside tensors, which run code when they are read. If the file is yours, "
-            f"read it with --trust, in Python trust=True. ({_blocked(reason)})"
+            f"read it with --trust, in Python trust=True. ({blocked})"
         ) from error
     except (EOFError, RuntimeError, ModuleNotFoundError, AttributeError) as error:
         raise ValueError(
             f"{path} is no checkpoint that torch.load can read ({type(error).__name__}: {error})."
         ) from error
-
-
-def _blocked(reason: str) -> str:
-    """The line of torch's long message that names the object."""
-    return next((line.strip() for line in reason.splitlines() if "Unsupported global" in line), "").strip()

@@ -45,6 +45,15 @@ def views_alone(name: str, views: Any) -> None:
         )
 
 
+def refuse_replica(model: Any, lost: str) -> None:
+    """RuntimeError for nn.DataParallel's copy of a model, which is there for one forward only."""
+    if getattr(model, "_is_replica", False):
+        raise RuntimeError(
+            f"nn.DataParallel trains a copy of {type(model).__name__} in each step, so that {lost}. Use "
+            "torch.nn.parallel.DistributedDataParallel."
+        )
+
+
 def warn_of_large_local_crops(views: Sequence[Tensor], count: int) -> None:
     """32 pixels are CIFAR's, whose local crops are as large as the global ones in the paper."""
     sides = [max(view.shape[-2:]) for view in views]
@@ -97,7 +106,7 @@ def overlap_in_range(overlap: Tensor, pairs: int, images: int) -> Tensor:
     return overlap
 
 
-def weight(name: str, value: float) -> float:
+def nonnegative(name: str, value: float) -> float:
     """The value if it is a finite number >= 0, else ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} must be a finite number >= 0, got {value!r}.")
@@ -135,7 +144,7 @@ def options_by_name(init: Callable[P, None]) -> Callable[P, None]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> None:
         for name in kwargs.keys() - valid:
             raise TypeError(f"{cls}: {unknown_option(name, valid)}")
-        if len(args) > len(parameters) - len(by_name):
+        if by_name and len(args) > len(parameters) - len(by_name):
             got = ", ".join(type(arg).__name__ for arg in args[1:])
             raise TypeError(f"{cls} takes its options by name, as in {by_name[0]}=...; got {got} without one.")
         init(*args, **kwargs)

@@ -251,8 +251,9 @@ class MultiCropTransform:
         recipes = self.draw(pixels.shape[1], pixels.shape[0])
         views = self._empty(np.float32)
         self._render(pixels, recipes, views)
-        boxes = torch.tensor([recipe.box for recipe in recipes], dtype=torch.float32)
-        return [*views, boxes] if self.return_boxes else views
+        if self.return_boxes:
+            views.append(torch.tensor([recipe.box for recipe in recipes], dtype=torch.float32))
+        return views
 
     def draw(self, width: int, height: int) -> list[Recipe]:
         """Draws what becomes of each view, globals first, from torch's global generator.

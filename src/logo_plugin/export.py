@@ -141,6 +141,10 @@ def _compare(own: nn.Module, model: nn.Module, side: Any, path: str, wanted: str
             f"{tuple(image.shape)} ({type(error).__name__}: {error}). Export its state_dict() to go on without this "
             "check."
         ) from error
+    if not expected.isfinite().all():
+        raise ValueError(
+            f"{path or 'the source'} gives nan or inf of an image: it was not trained well. Look at its weights."
+        )
     if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-3, atol=1e-4):
         by = f"{(expected - got).abs().max():.2g}" if expected.shape == got.shape else (
             f"shape, {tuple(expected.shape)} and {tuple(got.shape)}"

@@ -4,25 +4,20 @@ import inspect
 import math
 from collections.abc import Sequence
 from functools import partial
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from logo_plugin.affinity import CosineAffinity, full_precision
-from logo_plugin.affinity_terms import affinity_loss, affinity_terms, local_local_loss
-from logo_plugin.checks import Views, as_views, flag, options_by_name, same_shape, shapes
-from logo_plugin.checks import choice as _choice
-from logo_plugin.checks import weight as _weight
+from logo_plugin.affinity_terms import affinity_terms
+from logo_plugin.checks import Views, as_views, choice, flag, nonnegative, options_by_name, same_shape, shapes
 from logo_plugin.compiling import eager, with_gradients_inside
 from logo_plugin.graphs import nodes_of
-from logo_plugin.presets import PRESETS, with_preset
-from logo_plugin.similarities import Similarity, info_nce, mean_over_pairs, mean_target, negative_cosine
-
-__all__ = [
-    "PRESETS", "LoGoLoss", "LoGoTerms", "Similarity", "Views", "affinity_loss", "info_nce", "local_local_loss",
-    "negative_cosine", "with_preset",
-]  # fmt: skip
+from logo_plugin.presets import with_preset
+from logo_plugin.ranks import in_group
+from logo_plugin.similarities import Similarity, mean_over_pairs, mean_target, negative_cosine
 
 
 class LoGoTerms(NamedTuple):
@@ -65,7 +60,8 @@ class LoGoLoss(nn.Module):
             goes without the repulsion.
         anneal_repulsion: Let the repulsion fall to nothing over the training: its weight, or the gradient ratio, is
             multiplied by (1 + cos(pi * progress)) / 2, the half cosine of learning rate schedules. `anneal` says how
-            far the training is; Lightning's Trainer says it by itself. None: True with "cosine", else False.
+            far the training is; of a wrapped model Lightning's Trainer says it by itself. None: True with "cosine",
+            else False.
         local_global_weight: Weight of a local-global pair against a global-global pair.
         affinity_loss: "logistic", softplus(-f(same image)) + softplus(f(other image)) (release), or
             "difference", f(other image) - f(same image) (Eq. 6).
@@ -141,14 +137,14 @@ class LoGoLoss(nn.Module):
             )
         self.affinity = affinity
         self.similarity: Similarity = negative_cosine if similarity == "cosine" else similarity
-        self.gradient_ratio = None if gradient_ratio is None else _weight("gradient_ratio", gradient_ratio)
-        self.local_weight = _weight("local_weight", 1e-4 if local_weight is None else local_weight)
-        self.local_global_weight = _weight("local_global_weight", local_global_weight)
-        self.affinity_loss = _choice("affinity_loss", affinity_loss, ("logistic", "difference"))
-        self.positive_noise = _weight("positive_noise", positive_noise)
-        _choice("repulsion", repulsion, ("softplus", "logit"))
+        self.gradient_ratio = None if gradient_ratio is None else nonnegative("gradient_ratio", gradient_ratio)
+        self.local_weight = nonnegative("local_weight", 1e-4 if local_weight is None else local_weight)
+        self.local_global_weight = nonnegative("local_global_weight", local_global_weight)
+        self.affinity_loss = choice("affinity_loss", affinity_loss, ("logistic", "difference"))
+        self.positive_noise = nonnegative("positive_noise", positive_noise)
+        choice("repulsion", repulsion, ("softplus", "logit"))
         self.repulsion = "logit" if isinstance(affinity, CosineAffinity) else repulsion
-        self.reduction = _choice("reduction", reduction, ("pairs", "sum"))
+        self.reduction = choice("reduction", reduction, ("pairs", "sum"))
         self.average_targets = flag("average_targets", average_targets)
         self.anneal_repulsion = anneal_repulsion is not None and flag("anneal_repulsion", anneal_repulsion)
         # A tensor, which a compiled step reads without being compiled again; checkpoints are without it.
@@ -157,7 +153,7 @@ class LoGoLoss(nn.Module):
         of_learned = [
             ("affinity_loss", affinity_loss, "logistic"),
             ("positive_noise", positive_noise, 0.3),
-            ("repulsion", repulsion, "softplus"),
+            ("repulsion", "softplus" if repulsion == "logit" else repulsion, "softplus"),  # both are the cosine itself
         ]
         idle = [f"{name}={value!r}" for name, value, usual in of_learned if value != usual]
         if idle and isinstance(affinity, CosineAffinity):
@@ -180,12 +176,12 @@ class LoGoLoss(nn.Module):
         Eq. 6 has no lower bound: the affinity's logits can run away, and with a fixed lambda the repulsion with
         them. `gradient_ratio` caps it.
         """
-        return cls(**with_preset("paper", options))
+        return _told_affinity("paper", options, cls(**with_preset("paper", options)))
 
     @classmethod
     def release(cls, **options: Any) -> "LoGoLoss":
         """The official release's settings, except for the `options` given; its three optimizer steps stay one."""
-        return cls(**with_preset("release", options))
+        return _told_affinity("release", options, cls(**with_preset("release", options)))
 
     def anneal(self, progress: float) -> None:
         """Sets how strongly the steps from now on repel, with `anneal_repulsion`; without it nothing changes.
@@ -196,13 +192,13 @@ class LoGoLoss(nn.Module):
         Raises:
             ValueError: If it is out of its range.
         """
-        if isinstance(progress, bool) or not isinstance(progress, (int, float)) or not 0 <= progress <= 1:
+        if isinstance(progress, bool) or not isinstance(progress, Real) or not 0 <= progress <= 1:
             raise ValueError(
                 f"progress must be the share of the training that is done, a number in [0, 1], got {progress!r}: give "
                 "steps done / steps in all."
             )
         if self._strength is not None:
-            self._strength.fill_((1 + math.cos(math.pi * progress)) / 2)
+            self._strength.fill_((1 + math.cos(math.pi * float(progress))) / 2)
             self._progress_known, self._told_by_trainer = True, False
 
     def forward(
@@ -307,13 +303,11 @@ class LoGoLoss(nn.Module):
             compared = [mean_target(targets)] * (len(similarity) if isinstance(similarity, Sequence) else 1)
         local_global = mean_over_pairs(similarity, preds, compared, apart=False)
         pairs = self.local_global_weight * len(preds) * len(targets)
+        share = scale * (pairs / (global_pairs + pairs) if self.reduction == "pairs" else pairs)
+        pull = share * local_global
+        total = host_loss + pull
         if self.reduction == "pairs":
-            fraction = pairs / (global_pairs + pairs)
-            pull = scale * fraction * local_global
-            total = host_loss + pull - scale * fraction * global_global
-        else:
-            pull = scale * pairs * local_global
-            total = host_loss + pull
+            total = total - share * global_global
         if self.affinity is None:
             zero = global_global.new_zeros(())
             return LoGoTerms(total, global_global, local_global, zero, zero)
@@ -337,10 +331,17 @@ class LoGoLoss(nn.Module):
             raise RuntimeError(
                 "the repulsion is annealed over the training, and nothing says how far that is. Before each step call "
                 "anneal(steps done / steps in all) of the loss (of a wrapped model model.logo.anneal, of a LoGoLearner "
-                "learner.criterion.anneal; Lightning's Trainer does so by itself if it has max_epochs, max_steps or "
-                "max_time). Or give anneal_repulsion=False, or affinity=None for multi-crop without repulsion."
+                "learner.criterion.anneal; for a wrapped model Lightning's Trainer does so by itself if it has "
+                "max_epochs, max_steps or max_time). Or give anneal_repulsion=False, or affinity=None for multi-crop "
+                "without repulsion."
             )
         strength = 1.0 if self._strength is None else self._strength
+        learns = torch.is_grad_enabled() and any(pred.requires_grad for pred in preds)
+        if self.gradient_ratio is None and self.local_weight and learns and not all(z.requires_grad for z in proj):
+            raise ValueError(
+                "local_proj carries no gradient while local_pred does, so nothing would be repelled: pass the "
+                "projections as they are, not detached, or give local_weight=0 or affinity=None."
+            )
         if self.gradient_ratio is None:
             total = total + self.local_weight * strength * local_local
         elif torch.is_grad_enabled():  # else there is none to compare
@@ -363,6 +364,15 @@ class LoGoLoss(nn.Module):
             "average_targets",
         )
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+def _told_affinity(preset: str, options: dict[str, Any], made: LoGoLoss) -> LoGoLoss:
+    if "affinity" not in options:
+        raise ValueError(
+            f"LoGoLoss.{preset}() needs the affinity network: {preset}(affinity=Affinity(dim)), dim being the width of "
+            "the projections. affinity=None is multi-crop without repulsion."
+        )
+    return made
 
 
 def _takes_pairs(module: nn.Module) -> bool:
@@ -391,7 +401,7 @@ def _capped_weight(
             "with it, through which no gradient goes from one to the other. Compile encoder and predictor apart, or "
             "give a fixed local_weight."
         )
-    if any(_is_static_ddp(node) for node in nodes_of(preds, proj)):
+    if in_group() and any(_is_static_ddp(node) for node in nodes_of(preds, proj)):
         raise RuntimeError(
             "gradient_ratio takes a gradient through the predictor, and its DistributedDataParallel(static_graph=True) "
             "takes the first one for that of backward, so that the ranks would differ. Put one DistributedDataParallel "

@@ -17,13 +17,15 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        module.train(modes[module])  # for layers that act on a change of mode, such as those that merge for eval
         for child, mode in modes.items():
             child.training = mode
 
 
 def image_channels(network: nn.Module) -> int:
     """Channels C of the images (N, C, H, W) that a network takes: those of its first convolution, or 3."""
-    return next((layer.in_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)), 3)
+    found = next((layer.in_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)), 3)
+    return found or 3  # 0 where it is lazy
 
 
 def statistics(module: nn.Module, *, every: bool = False) -> Iterator[tuple[nn.Module, str, Tensor]]:

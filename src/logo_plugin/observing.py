@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logo_plugin.compiling import eager
+from logo_plugin.compiling import eager, eager_frame
 from logo_plugin.graphs import gradient
-from logo_plugin.losses import Similarity, info_nce
+from logo_plugin.similarities import Similarity, info_nce
 
 Key = int | str  # of an argument: its position or its name
 AS_MODULE = (
@@ -251,24 +251,7 @@ def read(
         raise RuntimeError(
             f"the training step never called {name}; name the right criterion with criterion=. {AS_MODULE}"
         )
-    for call in watched.calls:
-        if not isinstance(call.value, Tensor) or call.value.ndim > 1:
-            got = f"shape {tuple(call.value.shape)}" if isinstance(call.value, Tensor) else type(call.value).__name__
-            raise RuntimeError(
-                f"{name} returned {got}, and LoGo needs a loss that is one number, or one for each image. "
-                "Let it return the loss alone."
-            )
-    learning = [call for call in watched.calls if call.value.requires_grad]
-    values = [call.value for call in learning]
-    weights = torch.autograd.grad(host_loss, values, retain_graph=True, allow_unused=True) if values else ()
-    used = [(weight, call) for weight, call in zip(weights, learning, strict=True) if weight is not None]
-    if not optional and any(weight.ndim and bool((weight != weight[0]).any()) for weight, _ in used):
-        raise RuntimeError(
-            f"{name} returned a number for each image, and the step does not take their mean or sum but weighs images "
-            "unequally, which LoGo cannot repeat for local crops. Use LoGoLoss directly."
-        )
-    # The weights of the means over images.
-    used = [(w.sum() if w.ndim else w, call._replace(value=_mean(call.value))) for w, call in used]
+    used = _used(watched, host_loss, name, optional)
     if not used and optional:
         return None
     if not used:
@@ -321,6 +304,28 @@ def read(
         bool(compared) and all(sides[::-1] in compared for sides in compared),
         example and Example(parts[0].preds[0], parts[0].targets[-1], used[0][1].value, *example),
     )
+
+
+def _used(watched: Watched, host_loss: Tensor, name: str, optional: bool) -> list[tuple[Tensor, Call]]:
+    """The calls that the loss depends on, each with its weight in it; numbers for each image as their mean."""
+    for call in watched.calls:
+        if not isinstance(call.value, Tensor) or call.value.ndim > 1:
+            got = f"shape {tuple(call.value.shape)}" if isinstance(call.value, Tensor) else type(call.value).__name__
+            raise RuntimeError(
+                f"{name} returned {got}, and LoGo needs a loss that is one number, or one for each image. "
+                "Let it return the loss alone."
+            )
+    learning = [call for call in watched.calls if call.value.requires_grad]
+    values = [call.value for call in learning]
+    weights = torch.autograd.grad(host_loss, values, retain_graph=True, allow_unused=True) if values else ()
+    used = [(weight, call) for weight, call in zip(weights, learning, strict=True) if weight is not None]
+    if not optional and any(weight.ndim and bool((weight != weight[0]).any()) for weight, _ in used):
+        raise RuntimeError(
+            f"{name} returned a number for each image, and the step does not take their mean or sum but weighs images "
+            "unequally, which LoGo cannot repeat for local crops. Use LoGoLoss directly."
+        )
+    # The weights of the means over images.
+    return [(w.sum() if w.ndim else w, call._replace(value=_mean(call.value))) for w, call in used]
 
 
 @eager
@@ -522,6 +527,7 @@ def on_a_copy(
     Its calls raise RuntimeError if there is a state that cannot be put back.
     """
 
+    @eager_frame
     def kept(pred: Tensor, target: Tensor) -> Tensor:
         before = _state(criterion)
         for holder, key, value, _ in before:

@@ -135,13 +135,13 @@ def entrances(heads: Heads, backbone: nn.Module | None) -> list[nn.Module]:
 
 
 @contextmanager
-def images_of(modules: Iterable[nn.Module], but: Callable[[], bool] = lambda: False) -> Iterator[list[Tensor]]:
-    """While it lasts, the images (N, C, H, W) that modules are called with are recorded, but where `but` says no."""
+def images_of(modules: Iterable[nn.Module], unless: Callable[[], bool] = lambda: False) -> Iterator[list[Tensor]]:
+    """While it lasts, the images (N, C, H, W) that modules are called with are recorded, unless `unless` holds then."""
     found: list[Tensor] = []
 
     @eager
     def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not but():
+        if not unless():
             first = (*args, *kwargs.values())[:1]
             found.extend(x.detach() for x in first if isinstance(x, Tensor) and x.ndim == 4)
 
@@ -241,9 +241,8 @@ def run_online(
     Raises:
         RuntimeError: If no method runs the heads, or what comes out is no prediction.
     """
-    needed = [heads.projector, *heads.modules[1:]]
-    if not source.is_predictor if source is not None else local_predictor is None:
-        needed = needed[:1]
+    by_predictor = local_predictor is not None if source is None else source.is_predictor
+    needed = heads.modules if by_predictor else [heads.projector]
     failures = ""
     for name, method in methods:
         preds: list[Tensor] = []
@@ -328,8 +327,7 @@ def _predictions(
     out: Any, rows: int, batch: Tensor, ran: Outputs, heads: Heads, source: Source | None, features: int | None
 ) -> Sequence[Tensor]:
     if source is not None:
-        head = heads.predictor if source.is_predictor and heads.predictor is not None else heads.projector
-        preds = ran[head]
+        preds = ran[heads.modules[-1] if source.is_predictor else heads.projector]
         if (made := sum(map(len, preds))) != len(batch):
             raise RuntimeError(
                 f"{type(heads.owner).__name__} makes {made} predictions of {len(batch)} crops, as a method does that "

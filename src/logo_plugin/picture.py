@@ -93,7 +93,7 @@ def _column(views: Tensor, kind: str, collate: MultiCropCollate) -> Tensor:
     """(N, C, S, S) to uint8 (3, N * row, S + gaps), each crop at its own size, framed in the colour of its kind."""
     pixels = (visible(views, collate.mean, collate.std) * 255).round().to(torch.uint8)
     row = max(collate.global_size, collate.local_size if collate.local_crops else 0)
-    frame = [[0, 0, view.shape[2] - 1, view.shape[1] - 1] for view in pixels[:1]]
-    framed = [draw_bounding_boxes(view, torch.tensor(frame), colors=_COLORS[kind], width=2) for view in pixels]
-    gap = row + _GAP - pixels.shape[2]
-    return torch.cat([F.pad(view, (_GAP, 0, 0, gap), value=255) for view in framed], dim=1)
+    side = pixels.shape[2]
+    frame = torch.tensor([[0, 0, side - 1, side - 1]])
+    framed = [draw_bounding_boxes(view, frame, colors=_COLORS[kind], width=2) for view in pixels]
+    return torch.cat([F.pad(view, (_GAP, 0, 0, row + _GAP - side), value=255) for view in framed], dim=1)

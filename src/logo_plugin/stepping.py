@@ -7,13 +7,13 @@ named here.
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from logo_plugin.checks import warn_of_large_local_crops
+from logo_plugin.checks import refuse_replica, warn_of_large_local_crops
 from logo_plugin.compiling import eager, eager_frame, gradients_inside
 from logo_plugin.crops import CropBoxes, crop_overlap
 from logo_plugin.graphs import gradient, leaves_of, nodes_of
@@ -77,17 +77,13 @@ def _logo_step(
         out = step(global_views)
         warn_of_eval_mode(name, out)
         return out, None
+    refuse_replica(model, "what the first step finds out, and the terms of each, would be lost")
     first = not model._logo_sources
     overlap = _check_views(model, views, boxes, first)
     heads, before = model.find_heads(settings.projector), versions(*global_views)
     backbone, given = model.find_backbone(heads), [*global_views]  # a list that the step may change
-    with (
-        images_of(entrances(heads, backbone) if first else []) as fed,
-        outputs_of(heads.modules) as ran,
-        calls_of(heads.behind(backbone) if first else []) as parts,
-        losses_of_views(_others(model) if first else {}) as more,
-        model.watch_step(heads, ran) as observe,
-    ):
+    look: Any = _first_look(model, heads, backbone) if first else nullcontext((None, {}, {}))
+    with look as (fed, parts, more), outputs_of(heads.modules) as ran, model.watch_step(heads, ran) as observe:
         out = _host_step(model, step, given) if first else step(given)
     if versions(*global_views) != before:
         raise RuntimeError(
@@ -100,7 +96,8 @@ def _logo_step(
     observed = observe(host_loss)
     if observed is None:
         return _with_loss(out, _in_the_graph(model, host_loss)), None
-    _check_other_losses(name, heads, more)
+    if first:
+        _check_other_losses(name, heads, more)
     if first and model.logo.reduction == "pairs" and model.logo.local_global_weight:
         _warn_of_a_part(model, host_loss, observed, ran.get(heads.projector, []))
     # How predictions come from the heads may change with the epoch: then it is looked up anew.
@@ -112,47 +109,8 @@ def _logo_step(
     if settings.target:
         with torch.no_grad():
             targets = [_call_option(model, "target", view) for view in global_views]
-    options: dict[str, Any] = {
-        "features": observed.preds[0].shape[1],
-        "global_shape": views[0].shape[1:],
-        "local_predictor": model.logo_local_predictor,
-    }
-    # Weights, not the statistics or scales that some layers keep as parameters.
-    looked_at = model.parameters() if new and not _is_sharded(model) else ()
-    frozen = [p for p in looked_at if p.ndim > 1 and not p.requires_grad]
-    before_local = {(layer, name): buffer.clone() for layer, name, buffer in statistics(model)} if new else {}
-    with local_forwards(
-        model,
-        backbone,
-        checkpoint=settings.checkpoint_local_crops,
-        running_stats=settings.local_running_stats,
-        idle=[] if new else model._logo_idle,
-    ):
-        of_frozen = versions(*frozen)
-        methods = chosen(model, methods_of(model, heads), heads, source, local_views[0], **options)
-        method, local_pred, local_proj = run_online(
-            methods, heads, source, local_views, concat=settings.concat_local_crops, **options
-        )
-    if versions(*frozen) != of_frozen:
-        raise RuntimeError(
-            f"{method} of {name} moves parameters that nothing trains, those of a target network, say, and each local "
-            "crop would move them again. Move them in the step, or name a method that does not with online=."
-        )
-    if new:
-        model._logo_idle = check_online(
-            model,
-            HostStep(global_views, observed, ran, fed if first else None, parts),
-            Way(methods, method, heads, source, backbone),
-            asked=bool(settings.target or settings.online),
-        )
-        for layer, buffer, value in statistics(model):
-            if layer in model._logo_idle:
-                value.data.copy_(before_local[layer, buffer])  # the host's graph may hold it
-        if model.logo.affinity is not None and heads.trained and not all(z.requires_grad for z in local_proj):
-            raise RuntimeError(
-                f"{method} of {name} gives projections of local crops without gradient, so nothing could repel them. "
-                "torch.utils.checkpoint needs use_reentrant=False; or give affinity=None."
-            )
+    host = HostStep(global_views, observed, ran, fed, parts)
+    method, local_pred, local_proj = _forward_local(model, host, heads, source, local_views, new)
     follow_trainer(model)
     terms = model.logo.extend(
         host_loss,
@@ -172,6 +130,50 @@ def _logo_step(
     model.logo_terms = terms.detach()
     model.logo_local_proj = [z.detach() for z in local_proj]
     return _with_loss(out, terms.total), model.logo_terms
+
+
+@eager_frame
+def _forward_local(
+    model: LoGoModel, host: HostStep, heads: Heads, source: Source | None, views: Sequence[Tensor], new: bool
+) -> tuple[str, list[Tensor], list[Tensor]]:
+    """The method that runs local crops, their predictions and projections; after a look at it in a new kind of step."""
+    settings, name, backbone = model.logo_settings, type(model).__name__, model.find_backbone(heads)
+    options: dict[str, Any] = {
+        "features": host.observed.preds[0].shape[1],
+        "global_shape": host.views[0].shape[1:],
+        "local_predictor": model.logo_local_predictor,
+    }
+    # Weights, not the statistics or scales that some layers keep as parameters.
+    looked_at = model.parameters() if new and not _is_sharded(model) else ()
+    frozen = [p for p in looked_at if p.ndim > 1 and not p.requires_grad]
+    before = {(layer, name): buffer.clone() for layer, name, buffer in statistics(model)} if new else {}
+    with local_forwards(
+        model,
+        backbone,
+        checkpoint=settings.checkpoint_local_crops,
+        running_stats=settings.local_running_stats,
+        idle=[] if new else model._logo_idle,
+    ):
+        of_frozen = versions(*frozen)
+        methods = chosen(model, methods_of(model, heads), heads, source, views[0], **options)
+        method, preds, projs = run_online(methods, heads, source, views, concat=settings.concat_local_crops, **options)
+    if versions(*frozen) != of_frozen:
+        raise RuntimeError(
+            f"{method} of {name} moves parameters that nothing trains, those of a target network, say, and each local "
+            "crop would move them again. Move them in the step, or name a method that does not with online=."
+        )
+    if new:
+        way, asked = Way(methods, method, heads, source, backbone), bool(settings.target or settings.online)
+        model._logo_idle = check_online(model, host, way, asked=asked)
+        for layer, buffer, value in statistics(model):
+            if layer in model._logo_idle:
+                value.data.copy_(before[layer, buffer])  # the host's graph may hold it
+        if model.logo.affinity is not None and heads.trained and not all(z.requires_grad for z in projs):
+            raise RuntimeError(
+                f"{method} of {name} gives projections of local crops without gradient, so nothing could repel them. "
+                "torch.utils.checkpoint needs use_reentrant=False; or give affinity=None."
+            )
+    return method, preds, projs
 
 
 def _kind(model: LoGoModel, origins: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -199,6 +201,17 @@ def _is_sharded(model: nn.Module) -> bool:
     """Whether FSDP moves the parameters of a part, which are changed by each forward then."""
     fsdp = {"FSDPModule", "FullyShardedDataParallel"}
     return any(cls.__name__ in fsdp for module in model.modules() for cls in type(module).__mro__)
+
+
+@contextmanager
+def _first_look(model: LoGoModel, heads: Heads, backbone: nn.Module | None) -> Iterator[tuple[Any, Any, Any]]:
+    """What only the first step is watched for: images and parts as in `HostStep`, and other losses by name."""
+    with (
+        images_of(entrances(heads, backbone)) as images,
+        calls_of(heads.behind(backbone)) as parts,
+        losses_of_views(_others(model)) as losses,
+    ):
+        yield images, parts, losses
 
 
 @eager
@@ -239,7 +252,7 @@ def _checked_loss(name: str, out: Any) -> Tensor:
 @eager
 def _check_other_losses(name: str, heads: Heads, losses: dict[str, Tensor]) -> None:
     """RuntimeError if one of these losses, which LoGo does not extend, trains the projector."""
-    projector = {id(p) for p in heads.projector.parameters()} if losses else set()
+    projector = {id(p) for p in heads.projector.parameters()}
     also = ", ".join(loss for loss, value in losses.items() if projector & (leaves_of([value]) or set()))
     if also:
         raise RuntimeError(
@@ -443,4 +456,5 @@ def _explained(message: str) -> Iterator[None]:
     except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
-        raise RuntimeError(message.format(f"{type(error).__name__}: {error}")) from error
+        # Not format: the repr of what the user named may hold braces.
+        raise RuntimeError(message.replace("{}", f"{type(error).__name__}: {error}")) from error

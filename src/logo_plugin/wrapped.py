@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from logo_plugin.affinity import Affinity
 from logo_plugin.checks import flag, positive_integer
-from logo_plugin.losses import LoGoLoss, LoGoTerms, with_preset
+from logo_plugin.losses import LoGoLoss, LoGoTerms
 from logo_plugin.observing import AS_MODULE, Observed, has_queue, read, watch
 from logo_plugin.online import Heads, Method, Names, Outputs, Source, composed, find_heads, width
-from logo_plugin.presets import with_queue
+from logo_plugin.presets import with_preset, with_queue
 
 Step = Callable[[Any, list[Tensor]], Tensor]
 
@@ -237,11 +237,6 @@ def attach(x: Any, mixin: type[LoGoModel], settings: Settings, options: dict[str
     return x
 
 
-def mixin_of(cls: type) -> type[LoGoModel]:
-    """The host's mixin that a wrapped class was made with."""
-    return cls.__mro__[1]
-
-
 def resolve(model: nn.Module, criterion: str | nn.Module | None) -> nn.Module:
     """The loss module that a name or the module itself stands for.
 
@@ -300,7 +295,7 @@ class _Kind:
         return self
 
     def __reduce__(self) -> Any:
-        return _kind_of, (mixin_of(self.cls), self.cls._logo_base, self.cls._logo_config)
+        return _kind_of, (*self.cls.__bases__, self.cls._logo_config)  # the host's mixin and the user's class
 
 
 def _kind_of(mixin: type[LoGoModel], base: type[nn.Module], config: tuple[Settings, Any]) -> _Kind:

@@ -112,7 +112,7 @@ def wrap(
         )
     made = next((call for mark, call in _CALLS.items() if hasattr(x, mark)), None)
     if made or issubclass(cls, (DataParallel, DistributedDataParallel)):
-        made = made or cls.__name__
+        made = made or "DistributedDataParallel"
         raise TypeError(f"wrap the model first, then the rest: {made}(wrap(model)), not wrap({made}(model)).")
     solo_base = getattr(sys.modules.get("solo.methods.base"), "BaseMethod", None)
     if solo_base is not None and issubclass(cls, solo_base):
