@@ -146,6 +146,7 @@ def _forward_local(
     # Weights, not the statistics or scales that some layers keep as parameters.
     looked_at = model.parameters() if new and not _is_sharded(model) else ()
     frozen = [p for p in looked_at if p.ndim > 1 and not p.requires_grad]
+    held = [p.detach() for p in frozen]  # memory that `.data = ...` frees would be the next value's
     before = {(layer, name): buffer.clone() for layer, name, buffer in statistics(model)} if new else {}
     with local_forwards(
         model,
@@ -157,6 +158,7 @@ def _forward_local(
         of_frozen = versions(*frozen)
         methods = chosen(model, methods_of(model, heads), heads, source, views[0], **options)
         method, preds, projs = run_online(methods, heads, source, views, concat=settings.concat_local_crops, **options)
+    del held
     if versions(*frozen) != of_frozen:
         raise RuntimeError(
             f"{method} of {name} moves parameters that nothing trains, those of a target network, say, and each local "
