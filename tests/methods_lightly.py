@@ -105,8 +105,10 @@ def examine(name: str) -> Result:
 
     def run(options: dict[str, Any] | None, global_crops: int) -> Run:
         crops = noise(images, sides, global_crops, 0 if options is None else 2)
-        return {LIGHTNING: run_lightning, PLAIN: run_plain}[folder](source, crops, options)
+        runs.append({LIGHTNING: run_lightning, PLAIN: run_plain}[folder](source, crops, options))
+        return runs[-1]
 
+    runs: list[Run] = []
     problems: list[str] = []
     local_global = None
     attempts = OPTIONS.get(path, [{}, {"step": STEP}] if folder == PLAIN else [{}])
@@ -139,7 +141,10 @@ def examine(name: str) -> Result:
         given = ", ".join("`step=`" if value is STEP else f"`{key}={value!r}`" for key, value in options.items())
         verdict, remark = f"works with {given}" if given else "works", ""
     row = (HOSTS[folder], variant or method_name(source, file), verdict, remark)
-    return Result(row, problems, options, [crop.detach() for crop in at_zero.views[0]], local_global)
+    crops = [crop.detach() for crop in at_zero.views[0]]
+    for done in runs:
+        done.names.clear()  # classes live on in caches, and with them their module's names: models, trainers
+    return Result(row, problems, options, crops, local_global)
 
 
 def differences(at_zero: Run, host: Run) -> list[str]:
