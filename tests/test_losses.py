@@ -729,7 +729,7 @@ def test_a_fixed_weight_without_a_path_to_the_encoder():
 
 
 def test_numbers_of_numpy():
-    criterion = LoGoLoss(affinity="cosine", repulsion="logit")
+    criterion = LoGoLoss(affinity="cosine")
     criterion.anneal(np.float32(0.5))
     assert criterion._strength.item() == pytest.approx(0.5)
 

@@ -153,7 +153,7 @@ class LoGoLoss(nn.Module):
         of_learned = [
             ("affinity_loss", affinity_loss, "logistic"),
             ("positive_noise", positive_noise, 0.3),
-            ("repulsion", "softplus" if repulsion == "logit" else repulsion, "softplus"),  # both are the cosine itself
+            ("repulsion", repulsion, "softplus"),
         ]
         idle = [f"{name}={value!r}" for name, value, usual in of_learned if value != usual]
         if idle and isinstance(affinity, CosineAffinity):
