@@ -1395,11 +1395,11 @@ def test_a_forward_that_moves_the_target(fails):
     assert torch.isfinite(wrap(model, online=model.both).training_step(batch(), 0))
 
 
-def test_graphs_compiled_in_a_step_are_cached_apart(monkeypatch):
+def test_graphs_compiled_in_a_step_are_cached_apart():
     """inductor's cache on disk would give a step those of training without LoGo, which bear one gradient only."""
     compiler = pytest.importorskip("torch.compiler.config", reason="torch before 2.6 donates no buffers")
     functorch = importlib.import_module("torch._functorch.config")
-    monkeypatch.setattr(functorch, "donated_buffer", True)  # as it is by itself
+    assert functorch.donated_buffer  # as it is by itself
 
     def settings():
         return functorch.donated_buffer, compiler.cache_key_tag
