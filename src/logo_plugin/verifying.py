@@ -169,7 +169,8 @@ def _look(model: nn.Module, step: HostStep, way: Way) -> _Look:
         before = {(layer, name): buffer.clone() for layer, name, buffer in statistics(model)}
         with calls_of(way.parts) as parts:
             try:
-                for _ in range(4):  # what is at random between the parts is not in all
+                # What is at random between the parts is not in all. As often on each rank, whatever it sees.
+                for _ in range(4):
                     reached = leaves_of([run([views[0][:2]])])  # two images, whose graph is small
             except (AssertionError, RuntimeError, ValueError):  # which it does not take, if it splits its batch
                 parts.clear()
