@@ -29,7 +29,7 @@ from logo_plugin.compiling import with_gradients_inside
 from logo_plugin.losses import LoGoLoss, LoGoTerms
 from logo_plugin.modes import eval_mode, image_channels
 from logo_plugin.presets import with_queue
-from logo_plugin.ranks import in_group
+from logo_plugin.ranks import in_group, is_sharded
 from logo_plugin.recomputing import local_forwards
 from logo_plugin.similarities import info_nce
 
@@ -209,8 +209,7 @@ class LoGoLearner(nn.Module):
 
 def _check_sharding(learner: LoGoLearner, online: Sequence[Tensor]) -> None:
     """Refuses FSDP around the whole: what the forward then sees is a copy, so that the target would never move."""
-    sharded = any(cls.__name__ == "FSDPModule" for cls in type(learner).__mro__)
-    if sharded and not all(hasattr(p, "full_tensor") for p in online):
+    if is_sharded(learner) and not all(hasattr(p, "full_tensor") for p in online):
         raise RuntimeError(
             "FSDP has gathered the learner's parameters for this forward and drops what changes in them, but the "
             "target moves in forward. Shard the parts first: for part in (learner.backbone, learner.projector, "
@@ -264,7 +263,7 @@ def _features(backbone: nn.Module, sizes: Sequence[int]) -> int:
         positive_integer("each of image_size", size)
     like = next(backbone.parameters())
     shapes: dict[int, tuple[int, ...]] = {}
-    failed: dict[int, Exception] = {}
+    failed: list[tuple[int, Exception]] = []
     for channels in dict.fromkeys((image_channels(backbone), 3, 1)):  # the first convolution may be no stem
         try:
             with eval_mode(backbone), torch.no_grad():  # BatchNorm's statistics stay
@@ -275,9 +274,9 @@ def _features(backbone: nn.Module, sizes: Sequence[int]) -> int:
                     shapes[size] = tuple(found.shape)
             break
         except (AssertionError, RuntimeError, ValueError) as error:
-            failed.setdefault(size, error)
+            failed.append((size, error))
     else:
-        size, reason = next(iter(failed.items()))
+        size, reason = failed[0]
         raise ValueError(
             f"the backbone can't take images of {size} x {size} pixels ({reason}): give the sides of your crops, "
             "image_size=(32, 32) or so. For several sizes a ViT of timm wants dynamic_img_size=True, a Swin "

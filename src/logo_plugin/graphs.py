@@ -11,15 +11,14 @@ from logo_plugin.affinity import full_precision
 
 def nodes_of(tensors: Iterable[Tensor], until: Iterable[Tensor] = ()) -> set[Any]:
     """All that the gradient of these goes through, down to `until`, without computing it."""
-    seen, todo = {tensor.grad_fn for tensor in until}, [tensor.grad_fn for tensor in tensors]
-    found = set()
+    seen, todo = set(), [tensor.grad_fn for tensor in tensors]
+    ends = {None, *(tensor.grad_fn for tensor in until)}
     while todo:
         node: Any = todo.pop()
-        if node is not None and node not in seen:
+        if node not in seen and node not in ends:
             seen.add(node)
-            found.add(node)
             todo += [parent for parent, _ in node.next_functions]
-    return found
+    return seen
 
 
 def leaves_of(tensors: Iterable[Tensor]) -> set[int] | None:

@@ -176,12 +176,22 @@ class LoGoLoss(nn.Module):
         Eq. 6 has no lower bound: the affinity's logits can run away, and with a fixed lambda the repulsion with
         them. `gradient_ratio` caps it.
         """
-        return _told_affinity("paper", options, cls(**with_preset("paper", options)))
+        return cls._of_preset("paper", options)
 
     @classmethod
     def release(cls, **options: Any) -> "LoGoLoss":
         """The official release's settings, except for the `options` given; its three optimizer steps stay one."""
-        return _told_affinity("release", options, cls(**with_preset("release", options)))
+        return cls._of_preset("release", options)
+
+    @classmethod
+    def _of_preset(cls, preset: str, options: dict[str, Any]) -> "LoGoLoss":
+        made = cls(**with_preset(preset, options))  # other mistakes are named first
+        if "affinity" not in options:
+            raise ValueError(
+                f"LoGoLoss.{preset}() needs the affinity network: {preset}(affinity=Affinity(dim)), dim being the "
+                "width of the projections. affinity=None is multi-crop without repulsion."
+            )
+        return made
 
     def anneal(self, progress: float) -> None:
         """Sets how strongly the steps from now on repel, with `anneal_repulsion`; without it nothing changes.
@@ -336,13 +346,13 @@ class LoGoLoss(nn.Module):
                 "without repulsion."
             )
         strength = 1.0 if self._strength is None else self._strength
-        learns = torch.is_grad_enabled() and any(pred.requires_grad for pred in preds)
-        if self.gradient_ratio is None and self.local_weight and learns and not all(z.requires_grad for z in proj):
-            raise ValueError(
-                "local_proj carries no gradient while local_pred does, so nothing would be repelled: pass the "
-                "projections as they are, not detached, or give local_weight=0 or affinity=None."
-            )
         if self.gradient_ratio is None:
+            learns = torch.is_grad_enabled() and any(pred.requires_grad for pred in preds)
+            if self.local_weight and learns and not all(z.requires_grad for z in proj):
+                raise ValueError(
+                    "local_proj carries no gradient while local_pred does, so nothing would be repelled: pass the "
+                    "projections as they are, not detached, or give local_weight=0 or affinity=None."
+                )
             total = total + self.local_weight * strength * local_local
         elif torch.is_grad_enabled():  # else there is none to compare
             source = [local_proj] if isinstance(local_proj, Tensor) else proj
@@ -364,15 +374,6 @@ class LoGoLoss(nn.Module):
             "average_targets",
         )
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-
-
-def _told_affinity(preset: str, options: dict[str, Any], made: LoGoLoss) -> LoGoLoss:
-    if "affinity" not in options:
-        raise ValueError(
-            f"LoGoLoss.{preset}() needs the affinity network: {preset}(affinity=Affinity(dim)), dim being the width of "
-            "the projections. affinity=None is multi-crop without repulsion."
-        )
-    return made
 
 
 def _takes_pairs(module: nn.Module) -> bool:

@@ -36,7 +36,7 @@ from logo_plugin.online import (
     source_of,
 )
 from logo_plugin.progress import follow_trainer
-from logo_plugin.ranks import in_group
+from logo_plugin.ranks import in_group, is_sharded
 from logo_plugin.recomputing import local_forwards
 from logo_plugin.verifying import HostStep, Way, check_online
 from logo_plugin.wrapped import LoGoModel, resolve
@@ -144,7 +144,7 @@ def _forward_local(
         "local_predictor": model.logo_local_predictor,
     }
     # Weights, not the statistics or scales that some layers keep as parameters.
-    looked_at = model.parameters() if new and not _is_sharded(model) else ()
+    looked_at = model.parameters() if new and not any(map(is_sharded, model.modules())) else ()
     frozen = [p for p in looked_at if p.ndim > 1 and not p.requires_grad]
     held = [p.detach() for p in frozen]  # memory that `.data = ...` frees would be the next value's
     before = {(layer, name): buffer.clone() for layer, name, buffer in statistics(model)} if new else {}
@@ -197,12 +197,6 @@ def _in_the_graph(model: LoGoModel, host_loss: Tensor) -> Tensor:
     added = [module for module in (model.logo, model.logo_local_predictor) if module is not None]
     nothing = [p.flatten()[:0].sum().to(host_loss) for module in added for p in module.parameters() if p.requires_grad]
     return sum(nothing, host_loss)
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP moves the parameters of a part, which are changed by each forward then."""
-    fsdp = {"FSDPModule", "FullyShardedDataParallel"}
-    return any(cls.__name__ in fsdp for module in model.modules() for cls in type(module).__mro__)
 
 
 @contextmanager
