@@ -13,7 +13,7 @@ demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(VENV)/.installed-$(EXTRAS)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
