@@ -11,9 +11,10 @@ share the runs: a run is locked while a process is at it.
     python benchmarks/accuracy_report.py accuracy_runs                       # tables and figures
     python benchmarks/accuracy_study.py --data data                          # the Imagenette study of docs/results.md
 
---dataset cifar10 (the default) has crops of 32 and 32 px, imagenette (at 96 px) of 64 and 32 px; collages are 64 px
-scenes of four CIFAR-10 images, crops of 48 and 24 px, judged by other images of CIFAR-10. --data is a folder for
-torchvision's CIFAR10 and Imagenette (size "160px"), downloaded if missing, or one with their images in npz archives.
+--dataset cifar10 (the default) has crops of 32 and 32 px, cifar10_16px of 32 and 16, imagenette (at 96 px) of 64 and
+32 px; collages are 64 px scenes of four CIFAR-10 images, crops of 48 and 24 px, judged by other images of CIFAR-10.
+--data is a folder for torchvision's CIFAR10 and Imagenette (size "160px"), downloaded if missing, or one with their
+images in npz archives.
 --validate keeps a fifth of the training images out, to choose the learning rate of an arm by, of several --lr
 (accuracy_report.py does it); the test images choose nothing.
 --methods moco is lightly's example, moco-both has each crop as query and key, as solo-learn's MoCo v2+.

@@ -103,6 +103,8 @@ ARMS |= {
     "4 local crops, equal compute": ({"affinity": None}, {"crops": {"local_crops": 4}, "compute": True}),
     "6 local crops, equal compute": ({"affinity": None}, {"crops": {"local_crops": 6}, "compute": True}),
 }
+# CIFAR-10's usual local crops, as large as the global ones, for a data set that has smaller ones.
+ARMS["local 32 px, equal compute"] = ({"affinity": None}, {"crops": {"local_size": 32}, "compute": True})
 for scale in ((0.15, 0.4), (0.08, 0.25), (0.05, 0.25), (0.05, 0.4)):
     ARMS[f"local scale {scale[0]:g}-{scale[1]:g}"] = ({"affinity": None}, {"crops": {"local_scale": scale}})
 # MultiCropCollate's own, the release's.

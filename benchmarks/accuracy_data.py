@@ -89,6 +89,13 @@ DATASETS = {
         neighbours=200,
         read=read_cifar10,
     ),
+    # cifar10() with local crops of half the side: what a step costs is as for imagenette's.
+    "cifar10_16px": Setting(
+        {"global_size": 32, "local_size": 16, **CIFAR},
+        view=32,
+        neighbours=200,
+        read=read_cifar10,
+    ),
     # A 2 + 2 step of BYOL costs 1.19 times one of 2 crops, about as with 224 and 96 px.
     "imagenette": Setting(
         {"global_size": 64, "local_size": 32, "global_scale": (0.25, 1.0), "local_scale": (0.05, 0.25), "blur_p": 0.0},
