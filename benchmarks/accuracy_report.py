@@ -401,7 +401,9 @@ def main():
     parser.add_argument("runs", nargs="+", type=Path, help="folders of accuracy.py, or JSON files made of them")
     parser.add_argument("--json", type=Path, help="write all runs into one file")
     parser.add_argument("--figures", type=Path, help="folder for accuracy_*.png")
-    parser.add_argument("--into", type=Path, help="document with marks such as <!-- imagenette main -->, to fill")
+    parser.add_argument(
+        "--into", type=Path, nargs="+", default=[], help="documents to fill, <!-- imagenette main --> and the like"
+    )
     options = parser.parse_args()
     swept = read(options.runs)
     everything = {name: reported(runs) for name, runs in swept.items()}
@@ -437,8 +439,8 @@ def main():
         text |= {f"{dataset} {method} factors": factors(runs, method, "multi-crop") for method in methods}
         for name, content in text.items():
             print(f"{name}\n\n{content}")
-        if options.into:
-            put(text, options.into)
+        for document in options.into:
+            put(text, document)
         file = dataset.replace(" ", "_")
         if options.figures and sum(arm not in MAIN for _, arm in runs) > 4:
             most = max(methods, key=lambda method: sum(of == method for of, _ in runs))

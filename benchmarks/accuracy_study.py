@@ -3,8 +3,8 @@
     python benchmarks/accuracy_study.py --data data              # start it twice for two cores
     python benchmarks/accuracy_study.py --data data --harvest    # finished runs into benchmarks/results/
     python benchmarks/accuracy_report.py benchmarks/results/{imagenette_60,imagenette_11,accuracy_small}.json \\
-        --into docs/results.md --figures docs
-    python benchmarks/accuracy_report.py --into docs/results.md \\
+        --into docs/results.md docs/results_tables.md --figures docs
+    python benchmarks/accuracy_report.py --into docs/results.md docs/results_tables.md \\
         benchmarks/results/{collages_11,collages_60,imagenette_200,imagenette_11_fp32}.json
     python benchmarks/accuracy_study.py --data data --fp32  # what one factor moves, for CPUs without AVX512-BF16
 
