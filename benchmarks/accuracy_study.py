@@ -5,7 +5,7 @@
     python benchmarks/accuracy_report.py benchmarks/results/{imagenette_60,imagenette_11,accuracy_small}.json \\
         --into docs/results.md docs/results_tables.md --figures docs
     python benchmarks/accuracy_report.py --into docs/results.md docs/results_tables.md \\
-        benchmarks/results/{collages_11,collages_60,imagenette_200,imagenette_11_fp32}.json
+        benchmarks/results/{collages_11,collages_60,imagenette_200,imagenette_11_fp32,cifar10_16px_6_fp32}.json
     python benchmarks/accuracy_study.py --data data --fp32  # what one factor moves, for CPUs without AVX512-BF16
 
 Every run leaves a fifth of the training images out. By k-NN on that fifth 2 crops and multi-crop choose their learning
@@ -13,7 +13,7 @@ rates: three rates with the first seed, the best two of them with three seeds, t
 more seeds. The report leaves the three seeds that chose out: in them the rate's luck is the arm's, and an arm that did
 not choose, such as LoGo, has none.
 Arms that repel, or vary one factor, have multi-crop's rate; longer schedules have the rates of 11 epochs, and collages
-those of Imagenette, so that no collage chose any. What is in benchmarks/results/ is not repeated.
+and CIFAR-10 those of Imagenette, so that they chose none. What is in benchmarks/results/ is not repeated.
 """
 
 import argparse

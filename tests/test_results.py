@@ -14,7 +14,7 @@ FIGURE = re.compile(r"([+-]?\d+\.\d ± \d+\.\d)")
 
 STUDY = [
     *("imagenette_60", "imagenette_11", "accuracy_small", "collages_11", "collages_60", "imagenette_200"),
-    "imagenette_11_fp32",
+    *("imagenette_11_fp32", "cifar10_16px_6_fp32"),
 ]
 
 
