@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from logo_plugin.checks import views_alone
 from logo_plugin.compiling import eager
-from logo_plugin.crops import DeferredViews
+from logo_plugin.crops import CropBoxes, DeferredViews
 from logo_plugin.observing import has_queue, is_symmetric, on_a_copy
 from logo_plugin.online import Heads, Method, Source, chosen, run_online, width
 from logo_plugin.ranks import rank_and_size
@@ -51,6 +51,12 @@ class PlainModel(LightlyModel):
             return out
         if not args:
             del kwargs["x"]
+        for other in (*boxes, *kwargs.values()):
+            if not isinstance(other, (CropBoxes, type(None))):
+                raise TypeError(
+                    f"{type(self).__name__}(views, boxes) takes the CropBoxes of MultiCropCollate(return_boxes=True) "
+                    f"beside the views, got {type(other).__name__}. Labels and the like have no place in the step."
+                )
         step: Any = self.logo_settings.step
         views_alone(type(self).__name__, x)
         views = views_of([x], type(self).__name__)
@@ -59,7 +65,7 @@ class PlainModel(LightlyModel):
             loss, _ = logo_step(self, lambda crops: step(self, crops), views, *boxes, **kwargs)
         finally:
             self.__dict__.pop("_logo_at_step", None)
-        self._warn_if_affinity_rests()
+        self._warn_if_logo_rests()
         return loss
 
     def _warn_of_training_without_logo(self, loss: Any) -> None:
@@ -79,16 +85,17 @@ class PlainModel(LightlyModel):
             )
 
     @eager
-    def _warn_if_affinity_rests(self) -> None:
+    def _warn_if_logo_rests(self) -> None:
         steps, first = self.__dict__.get("_logo_versions", (0, None))
-        if self.logo.affinity is None or not self.training or steps == _STEPS_BEFORE_WARNING:
+        if not self.training or steps == _STEPS_BEFORE_WARNING:
             return
-        versions = [p._version for p in self.logo.affinity.parameters()]
+        added = (self.logo, self.logo_local_predictor or nn.Identity())
+        versions = [p._version for part in added for p in part.parameters()]
         self.__dict__["_logo_versions"] = (steps + 1, versions if first is None else first)
         if versions and steps + 1 == _STEPS_BEFORE_WARNING and versions == first:
             warnings.warn(
-                f"the affinity's parameters have not changed in {_STEPS_BEFORE_WARNING} steps: build the optimizer "
-                "after wrap(model), so that model.parameters() includes them.",
+                f"the parameters that LoGo added have not changed in {_STEPS_BEFORE_WARNING} steps: build the "
+                "optimizer after wrap(model), so that model.parameters() includes them.",
                 stacklevel=4,
             )
 
@@ -190,13 +197,14 @@ def _two_view_step(model: PlainModel, views: Sequence[Tensor]) -> Tensor:
     """lightly.models of lightly 1.5, whose forward takes both views."""
     criterion = resolve(model, model.logo_settings.criterion)
     outs = super(PlainModel, model).forward(views[0], views[1])
-    if not isinstance(outs, (tuple, list)) or len(outs) != 2:
-        raise RuntimeError(
-            f"forward gives {type(outs).__name__} where lightly's gave a pair; say with step= what your loop computes, "
-            "as step=lambda model, views: model(*views) if that is the loss itself."
-        )
-    if isinstance(outs[0], Tensor) or type(criterion).__name__.startswith("Sym"):
+    pair = isinstance(outs, (tuple, list)) and len(outs) == 2
+    if pair and (isinstance(outs[0], Tensor) or type(criterion).__name__.startswith("Sym")):
         return criterion(*outs)  # type: ignore[no-any-return]
+    if not (pair and _is_lightlys(model)):  # whose pairs are (projection, prediction); others' may be the other way
+        raise RuntimeError(
+            f"forward gives {type(outs).__name__} where lightly's models give pairs; say with step= what your loop "
+            "computes, as step=lambda model, views: model(*views) if that is the loss itself."
+        )
     (z0, p0), (z1, p1) = outs
     return 0.5 * (criterion(p0, z1.detach()) + criterion(p1, z0.detach()))  # type: ignore[no-any-return]
 

@@ -303,11 +303,13 @@ def test_errors_name_the_cure(source, arguments, message):
 
 def test_files_that_are_none(tmp_path, capsys):
     (tmp_path / "text.ckpt").write_text("not a checkpoint")
+    (tmp_path / "letter.ckpt").write_text("hello world")  # torch.load: KeyError: 101
     torch.save({"state_dict": headless().state_dict(), "device": MultiCropCollate()}, tmp_path / "objects.ckpt")
     out = str(tmp_path / "b.pt")
     for name, message in (
         ("missing.ckpt", "there is no checkpoint"),
         ("text.ckpt", "is no checkpoint that torch.load can read"),
+        ("letter.ckpt", "is no checkpoint that torch.load can read"),
         ("objects.ckpt", "run code when they are read. If the file is yours, read it with --trust"),
     ):
         assert main(["export", str(tmp_path / name), out, "--arch", "resnet18"]) == 1

@@ -1698,6 +1698,11 @@ class Sum(nn.Module):
         return z + p
 
 
+class Right(nn.Module):
+    def forward(self, z, p):
+        return p
+
+
 def test_a_plain_loop_is_given_what_forward_gives():
     """Also by criterions to which the length of a projection means something."""
     for criterion in (BarlowTwinsLoss(), VICRegLoss(), NTXentLoss()):
@@ -1706,6 +1711,53 @@ def test_a_plain_loop_is_given_what_forward_gives():
         model = wrap(copy.deepcopy(host), criterion=criterion, affinity=None, local_global_weight=0)
         for _ in range(2):
             torch.testing.assert_close(model(views), criterion(host(views[0]), host(views[1])))
+
+
+def test_pairs_of_a_forward_of_both_views_are_not_guessed():
+    """lightly 1.5's own models give (projection, prediction) of each view; another's may be the other way round."""
+
+    class Both(PlainNet):
+        def forward(self, x1, x2):
+            return super().forward(x1)[::-1], super().forward(x2)[::-1]
+
+    model = wrap(Both(Sum(), predictor=True), criterion=NegativeCosineSimilarity())
+    with pytest.raises(RuntimeError, match="say with step= what your loop computes"):
+        model(batch()[0])
+
+
+def test_a_plain_loop_gives_views_and_boxes_only():
+    model = wrap(PlainNet(nn.Identity()), criterion=NTXentLoss())
+    views, labels = batch()
+    for call in (lambda: model(views, labels), lambda: model(views, labels=labels)):
+        with pytest.raises(TypeError, match=r"takes the CropBoxes .* beside the views, got Tensor\. Labels"):
+            call()
+
+
+@pytest.mark.parametrize("options", [{}, {"affinity": "cosine", "local_predictor": True}])
+def test_an_optimizer_that_was_built_too_early(options):
+    net = PlainNet(Right(), predictor=True)
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    model = wrap(net, criterion=NegativeCosineSimilarity(), gradient_ratio=0.1, anneal_repulsion=False, **options)
+    for _ in range(31):
+        model(batch()[0]).backward()
+        optimizer.step()
+    with pytest.warns(UserWarning, match="parameters that LoGo added have not changed in 32 steps"):
+        model(batch()[0])
+
+
+def test_a_nested_projector_is_named():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = conv().append(nn.Flatten())
+            self.encoder.fc = mlp(8, 10)
+
+        def forward(self, x):
+            return 2 * self.encoder(x) + 1
+
+    model = wrap(Nested(), projector="encoder.fc", criterion=NTXentLoss())
+    with pytest.raises(RuntimeError, match=r"than the output of the encoder\.fc, so"):
+        model(batch()[0])
 
 
 @pytest.mark.parametrize(

@@ -515,3 +515,25 @@ class TestCheckpoints:
         (group,) = wrap(NamedGroups()).configure_optimizers().param_groups
         assert len(group["params"]) == len(group["param_names"])
         assert group["param_names"][-1] == "logo.affinity.mlp.6.bias"
+
+        class AllNamed(hosts.BYOL):
+            def configure_optimizers(self):
+                own = [(n, p) for n, p in self.named_parameters() if not n.startswith("logo")]
+                return torch.optim.SGD(own, lr=0.1)
+
+        model = wrap(AllNamed(), local_predictor=True)
+        (group,) = model.configure_optimizers().param_groups
+        expected = {name: id(p) for name, p in model.named_parameters()}
+        assert dict(zip(group["param_names"], map(id, group["params"]), strict=True)) == expected
+
+    def test_detached_loss(self):
+        class Detached(hosts.BYOL):
+            def training_step(self, batch, batch_idx):
+                return super().training_step(batch, batch_idx).detach()
+
+        with pytest.raises(RuntimeError, match=r"the step's loss carries no gradient, .* return it undetached"):
+            wrap(Detached()).training_step(batch(), 0)
+
+    def test_one_batch_of_local_crops_of_two_sizes(self):
+        with pytest.raises(ValueError, match="concat_local_crops=True needs local crops of one shape"):
+            wrap(hosts.BYOL(), concat_local_crops=True).training_step(batch((32, 32, 24, 16)), 0)

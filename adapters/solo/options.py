@@ -35,8 +35,8 @@ OPTIONS: dict[str, Any] = OWN | {
 }
 PREFIX = "method_kwargs.logo."
 _LEARNED = ("affinity_hidden_dim", "affinity_norm", "affinity_loss", "positive_noise")
-# (a setting, whether it is made, what then has no effect)
 _Setting = Callable[[Mapping[str, Any]], bool]
+# (a setting, whether it is made, what then has no effect)
 _IDLE: list[tuple[str, _Setting, tuple[str, ...]]] = [
     (
         "affinity=cosine",

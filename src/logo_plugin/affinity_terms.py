@@ -133,7 +133,7 @@ def _trained_pairs(
 
 
 def _pairs(local_proj: Sequence[Tensor], form: str, noise: float | Tensor, partner: Tensor | None) -> Pairs:
-    """The same, and those to be repelled, of which nothing is made yet."""
+    """What `first_layer` makes these pairs of, and those to be repelled."""
     z = _stacked(local_proj)
     partner = _rotation(z) if partner is None else partner
     added = None

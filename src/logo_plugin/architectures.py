@@ -1,7 +1,7 @@
 """timm's and torchvision's networks: what an exported backbone must fit."""
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -11,7 +11,11 @@ from torch import nn
 
 from logo_plugin.checks import choice
 
-LIBRARIES = ("timm", "torchvision")
+# Where a library has its networks, what builds one, and the option that leaves classifier or values out.
+_CALLS = {
+    "timm": ("timm", "create_model", "num_classes", 0),
+    "torchvision": ("torchvision.models", "get_model", "weights", None),
+}
 # Tried where the one asked for does not fit.
 _COMMON = {
     "timm": ("resnet18", "resnet34", "resnet50", "resnet101", "vit_tiny_patch16_224", "vit_small_patch16_224"),
@@ -61,35 +65,24 @@ def build(library: str, name: str, cifar_stem: int | None, options: dict[str, An
         ModuleNotFoundError: If the library is missing.
         ValueError: If it has no such network, or that has no such option or stem.
     """
-    choice("to", library, LIBRARIES)
-    own = "num_classes" if library == "timm" else "weights"
+    choice("to", library, tuple(_CALLS))
+    where, function, own, none = _CALLS[library]
     if own in options:
         raise ValueError(f"{own}={options[own]!r}: a backbone goes without classifier and given values; leave it out.")
     arguments = "".join(f", {key}={value!r}" for key, value in options.items())
-    if library == "timm":
-        timm = _library("timm")
-        make: Callable[..., nn.Module] = timm.create_model
-        names, call, options = (
-            timm.list_models(),
-            f"timm.create_model({name!r}, num_classes=0",
-            options | {"num_classes": 0},
-        )
-    else:
-        models = _library("torchvision.models")
-        make, names = models.get_model, models.list_models(module=models)
-        call, options = f"torchvision.models.get_model({name!r}, weights=None", options | {"weights": None}
+    models = _library(where)
+    names = models.list_models() if library == "timm" else models.list_models(module=models)
     if name.split(".")[0] not in names:
         near = ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0.5))
-        where = "timm" if library == "timm" else "torchvision.models"
         raise ValueError(
             f"{library} has no network {name!r}{f'; near it are {near}' if near else ''}. "
             f"{where}.list_models() has all."
         )
     try:
-        model = make(name, **options)
+        model = getattr(models, function)(name, **{own: none}, **options)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{library} can't build {name}{arguments} ({error}).") from error
-    code = f"import torch, {library}\n\nmodel = {call}{arguments})"
+    code = f"import torch, {library}\n\nmodel = {where}.{function}({name!r}, {own}={none}{arguments})"
     if cifar_stem is not None:
         code += _put_cifar_stem(model, name, cifar_stem)
     return Architecture(model, () if library == "timm" else _heads(model), code)

@@ -57,7 +57,7 @@ def _read(path: Path, trust: bool) -> Any:
             f"{path} holds Python objects beside tensors, which run code when they are read. If the file is yours, "
             f"read it with --trust, in Python trust=True. ({blocked})"
         ) from error
-    except (EOFError, RuntimeError, ModuleNotFoundError, AttributeError) as error:
+    except Exception as error:  # torch.load raises nearly anything on what is no checkpoint
         raise ValueError(
             f"{path} is no checkpoint that torch.load can read ({type(error).__name__}: {error})."
         ) from error

@@ -36,6 +36,10 @@ def join_groups(groups: Iterable[dict[str, Any]], module: nn.Module, other: nn.M
         group["params"] = list(group["params"])  # hosts give iterators, too
     known = {id(p) for group in groups for p in group["params"]}
     twins = {id(p): twin for p, twin in zip(module.parameters(), other.parameters(), strict=True)}
+    names = {id(p): f"logo_local_predictor.{name}" for name, p in other.named_parameters()}
     for group in groups:
         found = [twins[id(p)] for p in group["params"] if id(p) in twins]
-        group["params"] += [twin for twin in found if id(twin) not in known]
+        new = [twin for twin in found if id(twin) not in known]
+        group["params"] += new
+        if "param_names" in group:
+            group["param_names"] += [names[id(twin)] for twin in new]

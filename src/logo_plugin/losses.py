@@ -15,7 +15,7 @@ from logo_plugin.affinity_terms import affinity_terms
 from logo_plugin.checks import Views, as_views, choice, flag, nonnegative, options_by_name, same_shape, shapes
 from logo_plugin.compiling import eager, with_gradients_inside
 from logo_plugin.graphs import nodes_of
-from logo_plugin.presets import with_preset
+from logo_plugin.presets import PRESETS, with_preset
 from logo_plugin.ranks import in_group
 from logo_plugin.similarities import Similarity, mean_over_pairs, mean_target, negative_cosine
 
@@ -60,8 +60,8 @@ class LoGoLoss(nn.Module):
             goes without the repulsion.
         anneal_repulsion: Let the repulsion fall to nothing over the training: its weight, or the gradient ratio, is
             multiplied by (1 + cos(pi * progress)) / 2, the half cosine of learning rate schedules. `anneal` says how
-            far the training is; of a wrapped model Lightning's Trainer says it by itself. None: True with "cosine",
-            else False.
+            far the training is; of a wrapped model Lightning's Trainer says it in each step, whatever you say. None:
+            True with "cosine", else False.
         local_global_weight: Weight of a local-global pair against a global-global pair.
         affinity_loss: "logistic", softplus(-f(same image)) + softplus(f(other image)) (release), or
             "difference", f(other image) - f(same image) (Eq. 6).
@@ -362,18 +362,8 @@ class LoGoLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of the options."""
-        weight = "local_weight" if self.gradient_ratio is None else "gradient_ratio"
-        names = (
-            weight,
-            "anneal_repulsion",
-            "local_global_weight",
-            "affinity_loss",
-            "positive_noise",
-            "repulsion",
-            "reduction",
-            "average_targets",
-        )
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        idle = "gradient_ratio" if self.gradient_ratio is None else "local_weight"
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in PRESETS["paper"] if name != idle)
 
 
 def _takes_pairs(module: nn.Module) -> bool:

@@ -87,7 +87,7 @@ def why_none(shapes: Shapes, paths: Iterable[str], architecture: Architecture, w
     if not named:
         path = min(parts, key=lambda path: len(differences(parts[path], target)))
     wrong = differences(parts[path], target)
-    shown = "; ".join(wrong[:_SHOWN]) + ("; ..." if len(wrong) > _SHOWN else "")
+    shown = "; ".join(wrong[:_SHOWN]) + ("; …" if len(wrong) > _SHOWN else "")
     message = (
         f"no module of the source fits {wanted} ({len(target)} values). Nearest is "
         f"{repr(path) if path else 'the whole'} ({len(parts[path])} values), with {len(wrong)} "

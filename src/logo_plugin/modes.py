@@ -38,7 +38,7 @@ def statistics(module: nn.Module, *, every: bool = False) -> Iterator[tuple[nn.M
 
 @contextmanager
 def kept_random_state(device: torch.device) -> Iterator[None]:
-    """Random numbers are drawn from where they were before: torch's, Python's and, if it is in use, numpy's.
+    """Afterwards the generators are where they were before: torch's, Python's and, if it is in use, numpy's.
 
     torch's on the CPU and, if `device` is a GPU, there.
     """

@@ -317,6 +317,8 @@ def _used(watched: Watched, host_loss: Tensor, name: str, optional: bool) -> lis
             )
     learning = [call for call in watched.calls if call.value.requires_grad]
     values = [call.value for call in learning]
+    if values and not host_loss.requires_grad:
+        raise RuntimeError(f"the step's loss carries no gradient, and what {name} gave does: return it undetached.")
     weights = torch.autograd.grad(host_loss, values, retain_graph=True, allow_unused=True) if values else ()
     used = [(weight, call) for weight, call in zip(weights, learning, strict=True) if weight is not None]
     if not optional and any(weight.ndim and bool((weight != weight[0]).any()) for weight, _ in used):

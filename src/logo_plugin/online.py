@@ -45,11 +45,6 @@ class Heads(NamedTuple):
         """Whether anything trains the projector, unlike a teacher's."""
         return any(parameter.requires_grad for parameter in self.projector.parameters())
 
-    @property
-    def names(self) -> list[str]:
-        """What the owner calls them."""
-        return [name for name, child in self.owner.named_children() if child in self.modules]
-
 
 class Source(NamedTuple):
     """Where the criterion's predictions come from: a head's output, as it is or with rows of unit length."""
@@ -101,11 +96,11 @@ def width(projector: nn.Module) -> int:
 
 
 @contextmanager
-def outputs_of(modules: Iterable[nn.Module], pieces: int = 0) -> Iterator[Outputs]:
+def outputs_of(modules: Iterable[nn.Module], rows: int = 0) -> Iterator[Outputs]:
     """While it lasts, the outputs of each call of the modules are recorded.
 
-    With `pieces`, each output is split to that many rows, and what follows in the network computes from the pieces:
-    a gradient can be taken at them.
+    With `rows`, each output is split into pieces of that many rows, and what follows in the network computes from
+    them: a gradient can be taken there.
     """
     found: Outputs = {}
 
@@ -113,13 +108,13 @@ def outputs_of(modules: Iterable[nn.Module], pieces: int = 0) -> Iterator[Output
     def remember(module: nn.Module, _: Any, out: Any) -> Any:
         if not isinstance(out, Tensor):
             return out
-        if not pieces:
+        if not rows:
             found.setdefault(module, []).append(out)
             return out
-        if len(out) == pieces:  # itself, which the model may change in place
+        if len(out) == rows:  # itself, which the model may change in place
             found[module] = [out]
             return out
-        found[module] = list(torch.split(out, pieces))
+        found[module] = list(torch.split(out, rows))
         return torch.cat(found[module])
 
     with ExitStack() as stack:
@@ -228,7 +223,7 @@ def run_online(
     Args:
         methods: (name, function of images): what may run backbone and heads.
         heads: The model's.
-        source: Which output is the prediction; None trusts the last output of the first method.
+        source: Which output is the prediction; None trusts the last output of the method that runs the heads.
         views: Crops, V of (N, C, H, W).
         features: D that predictions must have.
         global_shape: (C, H, W) of the global crops, for errors about local ones.
@@ -244,6 +239,8 @@ def run_online(
     by_predictor = local_predictor is not None if source is None else source.is_predictor
     needed = heads.modules if by_predictor else [heads.projector]
     failures = ""
+    if concat and len(shapes := {tuple(view.shape) for view in views}) > 1:
+        raise ValueError(f"concat_local_crops=True needs local crops of one shape, got {sorted(shapes)}.")
     for name, method in methods:
         preds: list[Tensor] = []
         projs: list[Tensor] = []
@@ -358,7 +355,5 @@ def _plain(x: Tensor) -> Tensor:
 
 def _is_close(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors are the same but for rounding."""
-    if first.shape != second.shape:
-        return False
-    first, second = _plain(first), _plain(second)
-    return torch.allclose(first, second.to(first.dtype), rtol=1e-2, atol=1e-3 * float(second.abs().max()))
+    same = first.shape == second.shape
+    return same and torch.allclose(first, second, rtol=1e-2, atol=1e-3 * float(second.abs().max()))

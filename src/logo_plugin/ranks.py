@@ -5,7 +5,7 @@ from torch import nn
 
 
 def in_group() -> bool:
-    """Whether this process is one of several, or a group of its own."""
+    """Whether torch.distributed is initialised, be it for one process."""
     return dist.is_available() and dist.is_initialized()
 
 

@@ -179,7 +179,7 @@ def _forward_local(
 
 
 def _kind(model: LoGoModel, origins: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a step is looked at once for."""
+    """Steps of one kind send local crops the same way, which is looked up and checked in the first of them."""
     if not model._logo_idle:
         return origins
     # A frozen backbone, perhaps, that is trained from some epoch on.
@@ -404,8 +404,9 @@ def _source(model: LoGoModel, observed: Observed, ran: Outputs, heads: Heads, im
     if settings.online is not None:
         return None
     if not found or (len(set(sources)) > 1 and not observed.mutual):
+        named = [name for name, module in model.named_modules() if module in heads.modules]
         raise RuntimeError(
-            f"{name} is given something else than the output of the {' or '.join(heads.names)}, so LoGo does not know "
+            f"{name} is given something else than the output of the {' or '.join(named)}, so LoGo does not know "
             "what to give it for local crops. Name the method from images to what the criterion takes with online=, or "
             "the projector with projector=."
         )

@@ -121,7 +121,7 @@ def check_online(model: nn.Module, step: HostStep, way: Way, *, asked: bool) -> 
     # On all ranks: the criterion may gather.
     blind = way.source is None and _blind_to_lengths(observed)
     same = _same_predictions(step, look, blind) if look.comparable else []
-    _refuse(model, way, _difference(model, step, way, look, same, asked))
+    _refuse(model, way, _difference(step, look, same, asked))
     if any(same) and not (all(same) or observed.mutual or asked) and len(observed.targets) > 1:
         raise RuntimeError(
             f"the step of {type(model).__name__} predicts of other images than the global crops, too, such as mixed "
@@ -193,7 +193,7 @@ def _same_predictions(step: HostStep, look: _Look, blind: bool) -> list[bool]:
     return same
 
 
-def _difference(model: nn.Module, step: HostStep, way: Way, look: _Look, same: list[bool], asked: bool) -> str | None:
+def _difference(step: HostStep, look: _Look, same: list[bool], asked: bool) -> str | None:
     """What the step does otherwise than the way of local crops, in words that its name follows."""
     if look.comparable and not any(same):
         return "gives the criterion something else for global crops than"

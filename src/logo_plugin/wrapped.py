@@ -9,7 +9,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -255,14 +255,9 @@ def resolve(model: nn.Module, criterion: str | nn.Module | None) -> nn.Module:
 def _check(settings: Settings) -> None:
     if settings.global_crops is not None:
         positive_integer("global_crops", settings.global_crops, least=2)
-    for option in (
-        "concat_local_crops",
-        "checkpoint_local_crops",
-        "local_running_stats",
-        "weigh_overlap",
-        "local_predictor",
-    ):
-        flag(option, getattr(settings, option))
+    for field in fields(settings):
+        if isinstance(field.default, bool):
+            flag(field.name, getattr(settings, field.name))
     if not isinstance(settings.projector, (str, type(None))):
         raise ValueError(f"projector must be the name of an attribute, got {settings.projector!r}.")
     for option in ("online", "target"):

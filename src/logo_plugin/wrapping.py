@@ -77,8 +77,9 @@ def wrap(
         criterion: The loss module or its attribute name. Default: `criterion`.
         projector: Attribute whose output the affinity compares. Default: `projection_head` and the like.
         online: Method (name or callable) that takes images to what the criterion is given; its last output counts.
-            Default: `forward_student`, `forward_query_encoder` or `forward`, whichever runs the heads, else backbone,
-            projector and predictor in turn; then the output of the head that the criterion is given in the host's step.
+            Default: the first of `forward_student`, `forward_query_encoder` and `forward` that the class has, if it
+            runs the heads, else backbone, projector and predictor in turn; then the output of the head that the
+            criterion is given in the host's step.
         target: Method (name or callable) that takes global crops to targets. Default: the targets that the criterion
             was given.
         step: For a plain module whose loop LoGo does not know: (model, global views) -> loss, as the loop computes it.
@@ -87,7 +88,7 @@ def wrap(
         checkpoint_local_crops: Compute what the backbone keeps of local crops again in backward, instead of keeping
             it: memory of two views, time of one forward more per local crop.
         local_running_stats: Whether local crops move BatchNorm's running statistics, which evaluation reads, as global
-            crops do (and as in other multi-crop methods). With False these are the model's own too.
+            crops do (and as in other multi-crop methods). With False they are those of the model without LoGo.
         weigh_overlap: Multiply the repulsion of two local crops by 1 - IoU of their boxes. Needs
             `MultiCropCollate(return_boxes=True)`; a plain module takes them as `model(views, boxes)`.
         local_predictor: Give local crops a predictor of their own (MULAN, arXiv 2602.05845): a copy of the model's,
