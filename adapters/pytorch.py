@@ -89,8 +89,7 @@ class PlainModel(LightlyModel):
         steps, first = self.__dict__.get("_logo_versions", (0, None))
         if not self.training or steps == _STEPS_BEFORE_WARNING:
             return
-        added = (self.logo, self.logo_local_predictor or nn.Identity())
-        versions = [p._version for part in added for p in part.parameters()]
+        versions = [p._version for p in self.logo_parameters()]
         self.__dict__["_logo_versions"] = (steps + 1, versions if first is None else first)
         if versions and steps + 1 == _STEPS_BEFORE_WARNING and versions == first:
             warnings.warn(

@@ -194,8 +194,7 @@ def _in_the_graph(model: LoGoModel, host_loss: Tensor) -> Tensor:
     """The loss of a step without LoGo; DDP waits for a gradient of each parameter, those that LoGo added too."""
     if not in_group():
         return host_loss
-    added = [module for module in (model.logo, model.logo_local_predictor) if module is not None]
-    nothing = [p.flatten()[:0].sum().to(host_loss) for module in added for p in module.parameters() if p.requires_grad]
+    nothing = [p.flatten()[:0].sum().to(host_loss) for p in model.logo_parameters() if p.requires_grad]
     return sum(nothing, host_loss)
 
 

@@ -112,6 +112,12 @@ class LoGoModel(nn.Module):
         self.logo_settings, self.logo_terms, self.logo_local_proj = settings, None, None
         self._logo_sources, self._logo_idle = {}, []
 
+    def logo_parameters(self) -> Iterator[nn.Parameter]:
+        """What LoGo gave the model to train: the affinity's and the local predictor's."""
+        for part in (self.logo, self.logo_local_predictor):
+            if part is not None:
+                yield from part.parameters()
+
     def find_heads(self, projector: str | None) -> Heads:
         """The projector and predictor; a host that hides them overrides this."""
         return find_heads(self, self.logo_names, projector)
