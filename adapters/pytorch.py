@@ -201,8 +201,8 @@ def _two_view_step(model: PlainModel, views: Sequence[Tensor]) -> Tensor:
         return criterion(*outs)  # type: ignore[no-any-return]
     if not (pair and _is_lightlys(model)):  # whose pairs are (projection, prediction); others' may be the other way
         raise RuntimeError(
-            f"forward gives {type(outs).__name__} where lightly's models give pairs; say with step= what your loop "
-            "computes, as step=lambda model, views: model(*views) if that is the loss itself."
+            f"forward gives {type(outs).__name__}, which does not say what is compared with what; say with step= what "
+            "your loop computes, as step=lambda model, views: model(*views) if that is the loss itself."
         )
     (z0, p0), (z1, p1) = outs
     return 0.5 * (criterion(p0, z1.detach()) + criterion(p1, z0.detach()))  # type: ignore[no-any-return]

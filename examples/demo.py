@@ -177,12 +177,12 @@ def draw(path, train, rows, untrained):
     axes["crops"].set_title("Photograph tiles, their two global and two local crops")
 
     terms = torch.tensor(rows[-1]["terms"])
+    window = min(9, 1 + len(terms) // 4)
     for name in LoGoTerms._fields[1:4]:
         values = terms[:, LoGoTerms._fields.index(name)]
-        window = min(9, len(values))
         smooth = values.unfold(0, window, 1).mean(1)
         axes["terms"].plot(range(window - 1, len(values)), smooth, label=name)
-    axes["terms"].set(title="LoGo's terms (mean of 9 steps)", xlabel="step")
+    axes["terms"].set(title=f"LoGo's terms (mean of {window} steps)", xlabel="step")
     axes["terms"].legend(fontsize=9)
     for row, colour in zip(rows, COLOURS, strict=True):
         axes["similarity"].hist(

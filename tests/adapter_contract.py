@@ -9,15 +9,22 @@ def test_contract(case, check):
 
 def test_two_ranks(tmp_path):
     check_two_ranks(CASES, tmp_path)
+
+def test_on_a_device():
+    check_device(CASES)
 """
 
 import io
 import multiprocessing
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 
+import pretended
+import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import nn
@@ -214,6 +221,50 @@ def check_two_ranks(cases, folder):
             mean = {key: (halves[0][key] + halves[1][key]) / 2 for key in halves[0]}
             same(gradients, mean, f"{name}: gradient of two ranks", rtol=1e-3, atol=5e-5)
     return buffers
+
+
+def check_device(cases):
+    """On another device than the CPU, which is pretended, all that a step needs is there; and LoGo never waits for it.
+
+    But in its first step, which looks at values. Hosts of which not even their own step can be pretended are left out.
+    """
+    if not pretended.POSSIBLE:
+        pytest.skip("this torch has no backends in Python")
+    mp.start_processes(_on_a_device, (cases,), start_method="forkserver")
+
+
+def _on_a_device(_, cases):
+    pretended.begin()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    ran = []
+    for name, case in cases.items():
+        try:
+            _steps_on_a_device(case, case.host, 2)
+        except Exception:
+            continue
+        fixed = {"affinity": "cosine", "anneal_repulsion": False, "local_weight": 0.1, "checkpoint_local_crops": True}
+        for options in ({"gradient_ratio": 0.5}, fixed):
+            try:
+                _steps_on_a_device(case, partial(case.build, **options), 4)
+            except Exception as error:
+                raise AssertionError(f"{name} with {options}") from error
+        ran.append(name)
+    assert len(ran) > len(cases) / 2, f"only {ran} of {[*cases]}"
+
+
+def _steps_on_a_device(case, build, crops):
+    model = seeded(build)
+    step(case, model, views()[:crops])
+    model.zero_grad()
+    with pretended.Device() as device:
+        optimizer = case.optimizer(device.put(model))
+        for i in (1, 2):
+            loss = case.loss(model, [device.put(view) for view in views(i)[:crops]])
+            assert loss.device.type == pretended.NAME
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 class _Step(nn.Module):

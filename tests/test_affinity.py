@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from logo_plugin import Affinity, LoGoLearner, LoGoLoss
 from logo_plugin.affinity import CosineAffinity
-from logo_plugin.affinity_terms import affinity_loss, affinity_terms, local_local_loss
+from logo_plugin.affinity_terms import affinity_terms, local_local_loss
 
 
 def projections(crops=2, images=6, features=8, seed=0, dtype=torch.float64):
@@ -30,6 +30,13 @@ def buffers(module):
     return {name: buffer.clone() for name, buffer in module.named_buffers()}
 
 
+class Asked(Affinity):
+    """Scores pair after pair, as an affinity of one's own does: once for the repulsion, once to be trained."""
+
+    def forward(self, first, second):
+        return super().forward(first, second)
+
+
 @pytest.mark.parametrize("crops", [2, 4])
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 @pytest.mark.parametrize("form", ["logistic", "difference"])
@@ -37,17 +44,13 @@ def buffers(module):
 def test_one_pass_gives_what_two_would(crops, norm, form, training):
     """Values and every gradient: of the repulsion at the projections only, of the loss at the parameters only."""
     found = []
-    for together in (True, False):
-        affinity = Affinity(8, 16, norm=norm).double()
+    for cls in (Affinity, Asked):
+        affinity = cls(8, 16, norm=norm).double()
         affinity.load_state_dict(state_of(norm))
         affinity.train(training)
         z = projections(crops)
         partner, noise = torch.arange(6).roll(1), torch.randn(2, 6, 8, dtype=torch.float64, generator=seeded(1))
-        options = {"form": form, "noise": noise, "partner": partner}
-        if together:
-            terms = affinity_terms(affinity, z, repulsion="softplus", **options)
-        else:
-            terms = local_local_loss(affinity, torch.stack(z)), affinity_loss(affinity, torch.stack(z), **options)
+        terms = affinity_terms(affinity, z, repulsion="softplus", form=form, noise=noise, partner=partner)
         (3 * terms[0] + terms[1]).backward()
         found.append([*(t.detach() for t in terms), *(v.grad for v in z), *(p.grad for p in affinity.parameters())])
     for one, two in zip(*found, strict=True):
@@ -57,17 +60,17 @@ def test_one_pass_gives_what_two_would(crops, norm, form, training):
 @pytest.mark.parametrize("crops", [2, 3])
 @pytest.mark.parametrize("trained", ["weight", "bias"])
 def test_half_frozen_layers_train_their_other_half(crops, trained):
-    affinity, z = Affinity(8, 16).double(), projections(crops)
-    affinity.load_state_dict(state_of("batch"))
+    affinity, asked, z = Affinity(8, 16).double(), Asked(8, 16).double(), projections(crops)
+    for module in (affinity, asked):
+        module.load_state_dict(state_of("batch"))
     noise = torch.randn(2, 6, 8, dtype=torch.float64, generator=seeded(1))
     options = {"noise": noise, "partner": torch.arange(6).roll(1)}
-    parameters = dict(affinity.named_parameters())
-    affinity_loss(affinity, torch.stack(z), **options).backward()
-    expected = {name: p.grad for name, p in parameters.items() if name.endswith(trained)}
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in expected).grad = None
+    affinity_terms(asked, z, **options)[1].backward()
+    expected = {name: p.grad for name, p in asked.named_parameters() if name.endswith(trained)}
+    for name, parameter in affinity.named_parameters():
+        parameter.requires_grad_(name in expected)
     affinity_terms(affinity, z, **options)[1].backward()
-    found = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    found = {name: p.grad for name, p in affinity.named_parameters() if p.grad is not None}
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -189,7 +192,6 @@ def test_one_bad_batch_does_not_stay_in_the_running_statistics(kind, momentum):
         for module in (affinity, twin):
             torch.manual_seed(number)
             affinity_terms(module, good)
-            affinity_loss(module, torch.stack(good))
         affinity_terms(affinity, poisoned(kind))
         affinity(*poisoned(kind))
     for name, buffer in buffers(affinity).items():

@@ -9,8 +9,10 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pretended
 import pytest
 import torch
+import torch.multiprocessing as mp
 import torchvision.transforms.v2.functional as reference
 from photos import tiles
 from PIL import Image
@@ -300,6 +302,23 @@ def test_everything_deferred_happens_on_the_device(photograph, defer):
     assert [(view.device.type, tuple(view.shape)) for view in views] == [
         ("meta", (12, 3, side, side)) for side in (40, 40, 24, 24)
     ]
+
+
+@pytest.mark.skipif(not pretended.POSSIBLE, reason="this torch has no backends in Python")
+def test_the_device_is_never_waited_for(photograph):
+    """What was drawn goes there without a stop, whose price is that the device then waits for the next operator."""
+    batches = [everything(defer=defer)([photograph] * 12)[0] for defer in ("augment", "normalize")]
+    mp.start_processes(_finish_on_a_device, (batches,), start_method="forkserver")
+
+
+def _finish_on_a_device(_, batches):
+    pretended.begin()
+    for batch in batches:
+        with pretended.Device():
+            views = batch.to(pretended.NAME, non_blocking=True)
+        assert [(view.device.type, view.shape[2]) for view in views] == [
+            (pretended.NAME, side) for side in (40, 40, 24, 24)
+        ]
 
 
 @pytest.mark.parametrize("defer", ["augment", "normalize"])

@@ -12,7 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from adapter_contract import CHECKS, AdapterCase, check_two_ranks, seeded, views
+from adapter_contract import CHECKS, AdapterCase, check_device, check_two_ranks, seeded, views
 from photos import tiles
 from torch import nn
 
@@ -87,6 +87,10 @@ def test_contract_on_two_ranks(tmp_path):
     more = {name: AdapterCase(host=partial(Longhand, "byol"), build=b, **COMMON) for name, b in others.items()}
     first, second = check_two_ranks(CASES | more, tmp_path)["moco"]
     assert torch.equal(first["queue"], second["queue"])  # three batches of 6, two views, two ranks: full
+
+
+def test_contract_on_a_device():
+    check_device(CASES)
 
 
 def test_total_by_hand():

@@ -11,7 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from adapter_contract import CHECKS, AdapterCase, check_two_ranks
+from adapter_contract import CHECKS, AdapterCase, check_device, check_two_ranks
 from hosts import wrap_learned as wrap
 from lightly.loss import NegativeCosineSimilarity, NTXentLoss
 from photos import tiles
@@ -76,7 +76,8 @@ def build(cls, **options):
 
 
 def lightning_loss(model, views):
-    return loss_of(model.training_step([views, torch.arange(6) % 4, ["a.jpg"] * 6], 0))
+    targets = torch.arange(6, device=views[0].device) % 4
+    return loss_of(model.training_step([views, targets, ["a.jpg"] * 6], 0))
 
 
 def lightning_optimizer(model):
@@ -119,6 +120,10 @@ def test_contract(case, check):
 def test_contract_on_two_ranks(tmp_path):
     own_predictor = replace(CONTRACT["plain simsiam"], build=partial(plain_build, "simsiam", local_predictor=True))
     check_two_ranks(CONTRACT | {"local predictor": own_predictor}, tmp_path)
+
+
+def test_contract_on_a_device():
+    check_device(CONTRACT)
 
 
 class TestTerms:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from logo_plugin import Affinity, LoGoLoss, diagnose, info_nce
-from logo_plugin.affinity_terms import affinity_loss, local_local_loss
+from logo_plugin.affinity_terms import affinity_terms, local_local_loss
 from logo_plugin.presets import PRESETS
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "logo_reference.json").read_text())
@@ -77,14 +77,14 @@ class TestGolden:
     def test_affinity_logistic(self, affinity, noisy):
         expected = EXPECTED["affinity_logistic_with_noise" if noisy else "affinity_logistic"]
         noise = INPUTS["noise_first_second"] if noisy else 0.0
-        loss = affinity_loss(affinity, INPUTS["query_local"], partner=FLIP, noise=noise)
+        _, loss = affinity_terms(affinity, INPUTS["query_local"], partner=FLIP, noise=noise)
         close(loss, expected["total"])
         if not noisy:
             loss.backward()
             close(affinity.mlp[0].weight.grad, expected["grad_first_weight"])
 
     def test_affinity_difference(self, affinity):
-        loss = affinity_loss(affinity, INPUTS["query_local"], partner=FLIP, form="difference")
+        _, loss = affinity_terms(affinity, INPUTS["query_local"], partner=FLIP, form="difference")
         close(loss, EXPECTED["affinity_difference_eq6"]["loss"])
 
     def test_logits(self, affinity):
@@ -146,7 +146,7 @@ class TestPresets:
         torch.manual_seed(0)
         terms = LoGoLoss.paper(affinity=affinity)(**arguments)
         torch.manual_seed(0)  # the same negatives; Eq. 6 has no noise
-        close(terms.affinity, affinity_loss(twin, INPUTS["query_local"], form="difference"))
+        close(terms.affinity, affinity_terms(twin, INPUTS["query_local"], form="difference")[1])
 
     def test_release_by_the_golden_values(self, affinity):
         nce = functools.partial(info_nce, queue=INPUTS["queue_DxK"], temperature=GOLDEN["sizes"]["temperature"])
@@ -404,7 +404,7 @@ class Scored(nn.Module):
         self.affinity = affinity
 
     def forward(self, z, partner):
-        return affinity_loss(self.affinity, z, partner=partner)
+        return affinity_terms(self.affinity, z, partner=partner)[1]
 
 
 ROUTES = {
@@ -479,8 +479,8 @@ class TestNegatives:
         seen = set()
         for _ in range(60):
             recorder = Recorder()
-            affinity_loss(recorder, image)
-            first, second = recorder.pairs[0]
+            affinity_terms(recorder, image)
+            _, (first, second) = recorder.pairs  # the repelled ones come first
             same = (first == second).squeeze(-1)
             assert same[:2].all()
             assert not same[2:].any()
@@ -768,7 +768,7 @@ def test_layer_norm_judges_each_pair_by_itself():
         affinity = Affinity(8, 64, norm=norm)
         optimizer = torch.optim.Adam(affinity.parameters(), 0.01)
         for _ in range(200):
-            value = affinity_loss(affinity, crops(64))
+            _, value = affinity_terms(affinity, crops(64))
             optimizer.zero_grad()
             value.backward()
             optimizer.step()

@@ -2125,7 +2125,7 @@ def test_a_loss_itself_from_a_forward_of_two_views():
     model = Itself()
     model.criterion = NegativeCosineSimilarity()
     wrapped = wrap(copy.deepcopy(model), projector="encoder.2", affinity=None)
-    with pytest.raises(RuntimeError, match=r"forward gives dict .* with step= what your loop computes"):
+    with pytest.raises(RuntimeError, match=r"forward gives dict.* with step= what your loop computes"):
         wrapped(batch()[0])
     options = {"projector": "encoder.2", "affinity": None, "step": lambda model, views: model(*views)["loss"]}
     loss = wrap(copy.deepcopy(model), **options)(batch()[0])

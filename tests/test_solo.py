@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from adapter_contract import CHECKS, AdapterCase, check_two_ranks
+from adapter_contract import CHECKS, AdapterCase, check_device, check_two_ranks
 from methods_solo import rows
 from solo_clone import (
     HIDDEN_PROJECTION,
@@ -41,8 +41,8 @@ def build_logo(method: str, affinity: Any = "learned", backbone: str = "resnet18
 
 def loss(model, views):
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    indexes = torch.arange(6) + 6 * rank  # NT-Xent takes equal ones for one image
-    return model.training_step([indexes, views, torch.arange(6)], 0)
+    images = torch.arange(6, device=views[0].device)
+    return model.training_step([images + 6 * rank, views, images], 0)  # NT-Xent takes equal indexes for one image
 
 
 def optimizer(model):
@@ -72,6 +72,10 @@ def test_contract(method, check):
 def test_contract_on_two_ranks(tmp_path):
     cases = SMALL | {"mocov3, local predictor": case("mocov3", "resnet_small", local_predictor=True)}
     check_two_ranks(cases, tmp_path)
+
+
+def test_contract_on_a_device():
+    check_device(SMALL)
 
 
 def test_every_method():

@@ -20,7 +20,7 @@ import stable_pretraining as spt
 import timm
 import torch
 import torchmetrics
-from adapter_contract import CHECKS, check_two_ranks, same, seeded, step, views
+from adapter_contract import CHECKS, check_device, check_two_ranks, same, seeded, step, views
 from logo_plugin.adapters.lightning import LoGoMonitor
 from methods_stable import CASES
 from photos import tiles
@@ -125,6 +125,10 @@ def test_two_ranks(tmp_path):
     buffers = check_two_ranks(CASES | {"nnclr": methods_stable.case("nnclr", filled=16)}, tmp_path)
     first, second = buffers["MoCov2"]
     assert torch.equal(first["queue.pointer"], second["queue.pointer"])
+
+
+def test_on_a_device():
+    check_device(CASES)
 
 
 @pytest.mark.parametrize("name", CASES)

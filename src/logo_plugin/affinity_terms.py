@@ -23,18 +23,21 @@ def affinity_terms(
     noise: float | Tensor = 0.0,
     partner: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`local_local_loss` and `affinity_loss` of the same crops, by an `Affinity` in one pass.
-
-    The latter is 0 if the affinity has no parameters.
+    """`local_local_loss`, and Eq. 6 or the release's logistic form, which trains an `Affinity`; in one pass.
 
     Args:
         affinity: The pair scorer.
         local_proj: L tensors (N, D), L >= 2, N >= 2.
         repulsion: As in `local_local_loss`.
         overlap: As in `local_local_loss`.
-        form: As in `affinity_loss`.
-        noise: As in `affinity_loss`.
-        partner: As in `affinity_loss`.
+        form: "logistic" (both orders of each pair) or "difference" (one order, as in local_local).
+        noise: Added to both members of the positive pairs: a standard deviation, or the values (2, N, D).
+        partner: For each image the index of the other image that makes its negative pair, (N,). None
+            rotates the batch by a random non-zero shift, so that no image is its own negative.
+
+    Returns:
+        Two scalars. The gradient of the first reaches `local_proj` only, that of the second the parameters of
+        `affinity` only; the second is 0 if there are none.
     """
     if not list(affinity.parameters()):  # nothing to train
         repelled = local_local_loss(affinity, local_proj, repulsion=repulsion, overlap=overlap)
@@ -80,32 +83,6 @@ def local_local_loss(
     if type(affinity) is CosineAffinity and repulsion == "logit" and overlap is None:
         return mean_cosine(torch.stack(list(local_proj)))
     return _repulsion(_looked_at(affinity, _side_by_side(_repelled_pairs(local_proj))), repulsion, overlap)
-
-
-def affinity_loss(
-    affinity: nn.Module,
-    local_proj: Tensor,
-    *,
-    form: str = "logistic",
-    noise: float | Tensor = 0.0,
-    partner: Tensor | None = None,
-) -> Tensor:
-    """Eq. 6 or the release's logistic form: trains the affinity on detached projections.
-
-    Args:
-        affinity: The pair scorer.
-        local_proj: (L, N, D), L >= 2, N >= 2.
-        form: "logistic" (both orders of each pair) or "difference" (one order, as in local_local).
-        noise: Added to both members of the positive pairs: a standard deviation, or the values (2, N, D).
-        partner: For each image the index of the other image that makes its negative pair, (N,). None
-            rotates the batch by a random non-zero shift, so that no image is its own negative.
-
-    Returns:
-        Scalar; its gradient reaches the parameters of `affinity` only.
-    """
-    logits = _scored(affinity, _side_by_side(_trained_pairs(local_proj, form, noise, partner)))
-    positive, negative = logits.chunk(2, dim=1)
-    return _training(positive, negative, form)
 
 
 def _repelled_pairs(local_proj: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,13 +68,25 @@ def _apply(
     if len(index) == len(values):
         return function(x, values)
     if index:
-        x[index] = function(x[index], [values[i] for i in index])
+        at = _moved(index, x)
+        x[at] = function(x[at], [values[i] for i in index])
     return x
 
 
+def _moved(values: Any, x: Tensor) -> Tensor:
+    """Without waiting for the device, as torch.tensor(values, device=...) and x[a list] would."""
+    return torch.tensor(values).to(x.device, non_blocking=True)
+
+
+def _parameters(rows: Sequence[Sequence[float]], x: Tensor) -> Sequence[float | Tensor]:
+    """Of each row, floats for one image, which is what the CPU kernels are fast with; (B, 1, 1, 1) for several."""
+    if len(rows[0]) == 1:
+        return [row[0] for row in rows]
+    return _moved(rows, x)[:, :, None, None, None].unbind()
+
+
 def _parameter(values: Sequence[float], x: Tensor) -> float | Tensor:
-    """A float for one image, which is what the CPU kernels are fast with; (B, 1, 1, 1) for several."""
-    return values[0] if len(values) == 1 else torch.tensor(values, device=x.device).view(-1, 1, 1, 1)
+    return _parameters([values], x)[0]
 
 
 def _luma(x: Tensor) -> Tensor:
@@ -144,19 +156,20 @@ def _blur(x: Tensor, sigmas: list[float]) -> Tensor:
         [math.exp(-0.5 * (i / sigma) ** 2) if i <= r else 0.0 for i in range(radius + 1)]
         for sigma, r in zip(sigmas, radii, strict=True)
     ]
+    rows = [[kernel[i] for kernel in kernels] for i in range(1, radius + 1)]
+    *weights, scale = _parameters([*rows, [(2 * sum(kernel) - 1) ** -2 for kernel in kernels]], x)
     height, width = x.shape[2:]
     x = F.pad(x, (radius,) * 4, mode="reflect")
     for dim, size in ((2, height), (3, width)):
         shifted = x.unfold(dim, size, 1).movedim(-1, dim + 1).unbind(dim)
         x, out = shifted[radius], torch.empty_like(shifted[radius], memory_format=torch.contiguous_format)
-        for i in range(1, radius + 1):
-            weight = _parameter([kernel[i] for kernel in kernels], x)
+        for i, weight in enumerate(weights, 1):
             for copy in (shifted[radius - i], shifted[radius + i]):
                 if isinstance(weight, Tensor):
                     x = torch.addcmul(x, copy, weight, out=out)
                 else:
                     x = torch.add(x, copy, alpha=weight, out=out)
-    return x.mul_(_parameter([(2 * sum(kernel) - 1) ** -2 for kernel in kernels], x))
+    return x.mul_(scale)
 
 
 _JITTER = (

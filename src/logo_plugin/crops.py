@@ -67,7 +67,7 @@ class DeferredViews:
             )
         # Pinned ones as Lightning moves pinned tensors.
         views = [view.to(device, non_blocking=non_blocking or view.is_pinned()) for view in self._views]
-        shift, scale = (x.to(device) for x in _statistics(tuple(self._mean), tuple(self._std)))
+        shift, scale = (x.to(device, non_blocking=True) for x in _statistics(tuple(self._mean), tuple(self._std)))
         recipes: Sequence[list[Recipe] | None] = self._recipes or [None] * len(views)
         return [_finished(view, drawn, shift, scale) for view, drawn in zip(views, recipes, strict=True)]
 
