@@ -8,6 +8,7 @@ import reprlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain, groupby
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -68,8 +69,15 @@ class DeferredViews:
         # Pinned ones as Lightning moves pinned tensors.
         views = [view.to(device, non_blocking=non_blocking or view.is_pinned()) for view in self._views]
         shift, scale = (x.to(device, non_blocking=True) for x in _statistics(tuple(self._mean), tuple(self._std)))
-        recipes: Sequence[list[Recipe] | None] = self._recipes or [None] * len(views)
-        return [_finished(view, drawn, shift, scale) for view, drawn in zip(views, recipes, strict=True)]
+        recipes: Sequence[Any] = self._recipes or [None] * len(views)
+        if views[0].device.type == "cpu":
+            return [_finished(view, drawn, shift, scale) for view, drawn in zip(views, recipes, strict=True)]
+        done: list[Tensor] = []
+        for _, group in groupby(zip(views, recipes, strict=True), key=lambda pair: pair[0].shape):
+            parts, drawn = zip(*group, strict=True)  # together: each operator is a kernel that has to be launched
+            whole = torch.cat(parts) if self._recipes is None else augment(torch.cat(parts), [*chain(*drawn)])
+            done += whole.sub(shift).mul_(scale).chunk(len(parts))
+        return done
 
     def pin_memory(self) -> "DeferredViews":
         """For `DataLoader(pin_memory=True)`."""
@@ -560,8 +568,6 @@ def _crop(pixels: Tensor, recipe: Recipe, channels: int, size: int) -> Tensor:
 
 def _finished(views: Tensor, recipes: list[Recipe] | None, shift: Tensor, scale: Tensor) -> Tensor:
     """Crops that travelled as uint8, augmented if there are recipes, and normalised: (N, C, H, W), float32."""
-    if views.device.type != "cpu":
-        return (views if recipes is None else augment(views, recipes)).sub(shift).mul_(scale)
     out = _fresh(views.shape, np.float32)
     for n in range(len(views)):  # a batch would not fit into the cache
         crop = views[n : n + 1]
