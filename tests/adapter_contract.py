@@ -1,4 +1,4 @@
-"""What every adapter must do. Describe yours as `AdapterCase`s and run CHECKS and check_two_ranks on them.
+"""What every adapter must do. Describe yours as `AdapterCase`s; run CHECKS, check_two_ranks, check_device on them.
 
 CASES = {"byol": AdapterCase(host=BYOL, build=build, loss=loss)}
 
@@ -10,12 +10,13 @@ def test_contract(case, check):
 def test_two_ranks(tmp_path):
     check_two_ranks(CASES, tmp_path)
 
-def test_on_a_device():
+def test_contract_on_a_device():
     check_device(CASES)
 """
 
 import io
 import multiprocessing
+import unittest
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -24,7 +25,6 @@ from functools import partial
 from operator import attrgetter
 
 import pretended
-import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import nn
@@ -229,7 +229,7 @@ def check_device(cases):
     But in its first step, which looks at values. Hosts of which not even their own step can be pretended are left out.
     """
     if not pretended.POSSIBLE:
-        pytest.skip("this torch has no backends in Python")
+        raise unittest.SkipTest("this torch has no backends in Python")  # benchmarks/gpu.py runs without pytest
     mp.start_processes(_on_a_device, (cases,), start_method="forkserver")
 
 
