@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 import torchvision.transforms.v2.functional as reference
 from photos import tiles
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor
@@ -319,6 +320,24 @@ def _finish_on_a_device(_, batches):
         assert [(view.device.type, view.shape[2]) for view in views] == [
             (pretended.NAME, side) for side in (40, 40, 24, 24)
         ]
+
+
+@pytest.mark.parametrize("defer", ["augment", "normalize"])
+def test_copies_to_apples_devices_are_waited_for(photograph, defer):
+    """Torch's may read the source when it is gone; Lightning waits for them, too."""
+    copies = []
+
+    class Apple(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.to and args[1] == "mps":
+                copies.append(kwargs["non_blocking"])
+                return args[0]
+            return func(*args, **kwargs or {})
+
+    batch = everything(defer=defer)([photograph] * 2)[0]
+    with Apple():
+        batch.to("mps", non_blocking=True)
+    assert copies == [False] * 6  # four views, mean, std
 
 
 @pytest.mark.parametrize("defer", ["augment", "normalize"])

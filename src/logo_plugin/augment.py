@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,11 @@ def augment(images: Tensor, recipes: Sequence[Recipe]) -> Tensor:
     return x.expand_as(images)
 
 
+def sent(x: Tensor, device: torch.device | str | int, *, non_blocking: bool = True) -> Tensor:
+    """`x.to` without waiting; but not to Apple's devices, which may then read freed memory (pytorch issue 189690)."""
+    return x.to(device, non_blocking=non_blocking and torch.device(device).type != "mps")
+
+
 def _apply(
     function: Callable[[Tensor, list[float]], Tensor], x: Tensor, values: list[float], identity: float
 ) -> Tensor:
@@ -68,21 +73,16 @@ def _apply(
     if len(index) == len(values):
         return function(x, values)
     if index:
-        at = _moved(index, x)
+        at = sent(torch.tensor(index), x.device)  # x[index] would wait
         x[at] = function(x[at], [values[i] for i in index])
     return x
-
-
-def _moved(values: Any, x: Tensor) -> Tensor:
-    """Without waiting for the device, as torch.tensor(values, device=...) and x[a list] would."""
-    return torch.tensor(values).to(x.device, non_blocking=True)
 
 
 def _parameters(rows: Sequence[Sequence[float]], x: Tensor) -> Sequence[float | Tensor]:
     """Of each row, floats for one image, which is what the CPU kernels are fast with; (B, 1, 1, 1) for several."""
     if len(rows[0]) == 1:
         return [row[0] for row in rows]
-    return _moved(rows, x)[:, :, None, None, None].unbind()
+    return sent(torch.tensor(rows), x.device)[:, :, None, None, None].unbind()
 
 
 def _parameter(values: Sequence[float], x: Tensor) -> float | Tensor:

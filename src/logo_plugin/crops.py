@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from logo_plugin.affinity import full_precision
-from logo_plugin.augment import Recipe, augment, blur_radius
+from logo_plugin.augment import Recipe, augment, blur_radius, sent
 from logo_plugin.checks import choice, unknown_option
 from logo_plugin.decoding import ImageLike, UndecodableError, decode, placed_error
 from logo_plugin.placement import PLACEMENTS, placed
@@ -67,8 +67,8 @@ class DeferredViews:
                 f"views are finished in float32 on a device, got {device}: write .to(device), then convert."
             )
         # Pinned ones as Lightning moves pinned tensors.
-        views = [view.to(device, non_blocking=non_blocking or view.is_pinned()) for view in self._views]
-        shift, scale = (x.to(device, non_blocking=True) for x in _statistics(tuple(self._mean), tuple(self._std)))
+        views = [sent(view, device, non_blocking=non_blocking or view.is_pinned()) for view in self._views]
+        shift, scale = (sent(x, device) for x in _statistics(tuple(self._mean), tuple(self._std)))
         recipes: Sequence[Any] = self._recipes or [None] * len(views)
         if views[0].device.type == "cpu":
             return [_finished(view, drawn, shift, scale) for view, drawn in zip(views, recipes, strict=True)]
