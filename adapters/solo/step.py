@@ -226,7 +226,7 @@ class LoGo(BaseMethod):
         one = preds[0].new_ones(1, 1)
         half = (one @ one).dtype in (torch.float16, torch.bfloat16)  # also under autocast
         relative, absolute = HALF_PRECISION if half else (5e-3, 1e-3)
-        near = torch.isclose(found.double(), expected.double(), rtol=relative, atol=absolute)
+        near = torch.isclose(found.cpu().double(), expected.cpu().double(), rtol=relative, atol=absolute)
         if torch.isfinite(expected) and not near:
             raise TypeError(
                 f"on the global crops similarity gives {float(found):.6g}, and {type(self).__name__}'s own loss is "

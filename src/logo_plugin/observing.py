@@ -590,9 +590,12 @@ def _changed(criterion: nn.Module, before: list[_Entry]) -> bool:
     )
 
 
-def _address(value: Tensor) -> int | None:
-    """Where a tensor lies in memory, None for kinds that don't tell."""
-    return value.data_ptr() if value.layout == torch.strided and value.device.type in ("cpu", "cuda") else None
+def _address(value: Tensor) -> Any:
+    """Which memory a tensor has, on any device, and where it begins there; None for kinds that don't tell."""
+    try:
+        return value.untyped_storage()._cdata, value.storage_offset()
+    except RuntimeError:  # sparse
+        return None
 
 
 def _identity(value: Tensor) -> Any:
