@@ -236,13 +236,13 @@ def paired(runs, method, arm, base, what="knn"):
 def comparisons(runs, columns, pairs=PAIRS, each=True):
     """What the main arms differ by, method by method, and over `POOLED` as one sample.
 
-    Without `each` the methods of `POOLED` have no lines of their own; with it `LOGO` has none but there, since by
-    method it is one of the arms.
+    Without `each` the methods of `POOLED` have no lines of their own where they are pooled; with it `LOGO` has none but
+    there, since by method it is one of the arms.
     """
     columns, rows = present(runs, columns), []
     methods = list(dict.fromkeys(method for method, _ in runs))
-    alone = [method for method in methods if each or method not in POOLED]
     groups = {", ".join(map(heading, POOLED)): POOLED} if set(POOLED) <= set(methods) else {}
+    alone = [method for method in methods if each or not groups or method not in POOLED]
     single = {method: [method] for method in alone}
     for name, of in (single | groups if each else groups | single).items():
         for arm, base in pairs:
