@@ -27,7 +27,7 @@ def forward(model, batch, half):
         return model.training_step(batch, 0)
 
 
-def kept_bytes(model, batch, half):
+def kept_bytes(model, batch, half=False):
     kept = {}
 
     def pack(tensor):
@@ -41,7 +41,7 @@ def kept_bytes(model, batch, half):
     return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)
 
 
-def seconds(model, batch, half):
+def seconds(model, batch, half=False):
     synchronize = torch.cuda.synchronize if batch[0][0].is_cuda else lambda: None
     clock = time.perf_counter if batch[0][0].is_cuda else time.process_time
     synchronize()
