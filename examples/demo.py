@@ -182,7 +182,8 @@ def draw(path, train, rows, untrained):
         values = terms[:, LoGoTerms._fields.index(name)]
         smooth = values.unfold(0, window, 1).mean(1)
         axes["terms"].plot(range(window - 1, len(values)), smooth, label=name)
-    axes["terms"].set(title=f"LoGo's terms (mean of {window} steps)", xlabel="step")
+    smoothed = f" (mean of {window} steps)" if window > 1 else ""
+    axes["terms"].set(title=f"LoGo's terms{smoothed}", xlabel="step")
     axes["terms"].legend(fontsize=9)
     for row, colour in zip(rows, COLOURS, strict=True):
         axes["similarity"].hist(

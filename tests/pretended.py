@@ -63,17 +63,16 @@ class Device(TorchDispatchMode):
         """A tensor, or all tensors of a module, in place, on the device; what is one before is one after."""
         if isinstance(value, Tensor):
             return self.fake.from_tensor(value).detach().to(NAME, non_blocking=True)
-        memo = {}
+        moved = {}  # holds the old ones, too, so that no other has the place of one that is gone
         for module in value.modules():
             for held in (module._parameters, module._buffers, vars(module)):
                 for key, old in held.items():
-                    if isinstance(old, Tensor):
-                        if id(old) not in memo:
-                            new = self.put(old)
-                            memo[id(old)] = (
-                                nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-                            )
-                        held[key] = memo[id(old)]
+                    if not isinstance(old, Tensor):
+                        continue
+                    if old not in moved:
+                        new = self.put(old)
+                        moved[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                    held[key] = moved[old]
         return value
 
 
