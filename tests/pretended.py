@@ -4,6 +4,7 @@ As on a GPU, an operator that is given tensors of two places is an error. And wh
 Python asks for a value or because memory is copied in turn, can be named.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 NAME = "pretended"
 OURS = Path(__file__).parents[1]
+TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 registration = torch.utils.backend_registration
 POSSIBLE = hasattr(registration, "_setup_privateuseone_for_python_backend")  # with this torch
 
@@ -79,7 +81,7 @@ class Device(TorchDispatchMode):
 def _ours_never(what):
     """Raises if it is code of logo_plugin, and no other's that it calls, that does this."""
     frame = sys._getframe(2)
-    while frame and f"{Path(torch.__file__).parent}" in frame.f_code.co_filename:
+    while frame and frame.f_code.co_filename.startswith(TORCH):
         frame = frame.f_back
     file = Path(frame.f_code.co_filename) if frame else None  # none where autograd's own thread asks
     if file and ("logo_plugin" in file.parts or OURS / "adapters" in file.parents):
