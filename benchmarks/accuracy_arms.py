@@ -36,8 +36,9 @@ ARMS = {
     "2 crops": (None, {"crops": TWO_CROPS}),
     "2 crops, equal compute": (None, {"crops": TWO_CROPS, "compute": True}),
     # Small local crops cost more seconds than their pixels say: on a CPU a 2 + 2 step of BYOL at 64 and 32 px took
-    # 1.33 x a 2-crop step, the making of the crops included.
+    # 1.33 x a 2-crop step, the making of the crops included; one of MoCo at 32 and 16 px, LoGo's, 1.7 x to 1.8 x.
     "2 crops, equal seconds": (None, {"crops": TWO_CROPS, "longer": 4 / 3}),
+    "2 crops, equal seconds, 16 px": (None, {"crops": TWO_CROPS, "longer": 11 / 6}),
     "multi-crop": ({"affinity": None}, {}),
     "learned affinity": ({**LEARNED, "local_weight": 1e-4}, {}),
     "ratio 0.1": ({**LEARNED, "gradient_ratio": 0.1}, {}),

@@ -29,8 +29,10 @@ COLOURS = {
     "2 crops": "#b0b0b0",
     "2 crops, equal compute": "#000000",
     "2 crops, equal seconds": "#707070",
+    "2 crops, equal seconds, 16 px": "#909090",
     "2 crops, equal compute, lr x 2": "#8c564b",
     "multi-crop": "#1f77b4",
+    "local 32 px, equal compute": "#17becf",
     "learned affinity": "#d62728",
     "cosine": "#2ca02c",
     "cosine, annealed": "#9467bd",
@@ -48,6 +50,9 @@ FIRST = (  # the pairs of the first table
     ("multi-crop", "2 crops, equal compute"),
     (LOGO, "multi-crop"),
     ("learned affinity", "multi-crop"),
+    (LOGO, "2 crops, equal seconds, 16 px"),
+    (LOGO, "local 32 px, equal compute"),
+    ("multi-crop", "local 32 px, equal compute"),
 )
 PAIRS = (
     *FIRST,
