@@ -105,7 +105,9 @@ ARMS |= {
     "6 local crops, equal compute": ({"affinity": None}, {"crops": {"local_crops": 6}, "compute": True}),
 }
 # CIFAR-10's usual local crops, as large as the global ones, for a data set that has smaller ones.
-ARMS["local 32 px, equal compute"] = ({"affinity": None}, {"crops": {"local_size": 32}, "compute": True})
+AS_LARGE = {"crops": {"local_size": 32}, "compute": True}
+ARMS["local 32 px, equal compute"] = ({"affinity": None}, AS_LARGE)
+ARMS["LoGo, local 32 px, equal compute"] = ({"gradient_ratio": 0.3}, AS_LARGE)  # MoCo's default
 for scale in ((0.15, 0.4), (0.08, 0.25), (0.05, 0.25), (0.05, 0.4)):
     ARMS[f"local scale {scale[0]:g}-{scale[1]:g}"] = ({"affinity": None}, {"crops": {"local_scale": scale}})
 # MultiCropCollate's own, the release's.

@@ -33,6 +33,7 @@ COLOURS = {
     "2 crops, equal compute, lr x 2": "#8c564b",
     "multi-crop": "#1f77b4",
     "local 32 px, equal compute": "#17becf",
+    "LoGo, local 32 px, equal compute": "#bcbd22",
     "learned affinity": "#d62728",
     "cosine": "#2ca02c",
     "cosine, annealed": "#9467bd",
@@ -51,7 +52,8 @@ FIRST = (  # the pairs of the first table
     (LOGO, "multi-crop"),
     ("learned affinity", "multi-crop"),
     (LOGO, "2 crops, equal seconds, 16 px"),
-    (LOGO, "local 32 px, equal compute"),
+    (LOGO, "LoGo, local 32 px, equal compute"),
+    ("LoGo, local 32 px, equal compute", "2 crops, equal compute"),
     ("multi-crop", "local 32 px, equal compute"),
 )
 PAIRS = (
