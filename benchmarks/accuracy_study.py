@@ -133,7 +133,9 @@ FP32_STAGES = [
     ("imagenette", "moco-both", ["cosine, annealed, ratio 0.3", KEY[1]], [3, 4, 5], 11),
     # On CIFAR-10, too, are local crops worth their cost if they are of half the side?
     ("cifar10_16px", "moco-both", [*CHOOSERS, "cosine, annealed, ratio 0.3"], [3, 4, 5], 6),
-    # Or are they of the usual 32 px?
+    # Is that lead over 2 crops one of the learning rate, which is half of multi-crop's?
+    ("cifar10_16px", "moco-both", ["2 crops, equal compute, lr x 2"], [3, 4, 5], 6),
+    # And with local crops of the usual 32 px?
     ("cifar10_16px", "moco-both", ["LoGo, local 32 px, equal compute"], [3, 4, 5], 6),
     # So small crops cost more seconds than their pixels say, and all crops have to be made.
     ("cifar10_16px", "moco-both", ["2 crops, equal seconds, 16 px"], [3, 4, 5], 6),
