@@ -11,7 +11,7 @@ from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 
 from logo_plugin import MultiCropTransform
-from logo_plugin.augment import Recipe, augment
+from logo_plugin.augment import Recipe, augment, table
 
 JITTER = {
     "brightness": reference.adjust_brightness,
@@ -117,6 +117,16 @@ def test_each_image_follows_its_own_recipe(images):
     torch.testing.assert_close(batched[0], images[0], rtol=0, atol=0)
     assert (images == before).all()
     assert not any(torch.allclose(batched[i], images[i], atol=0.5) for i in (1, 2, 3, 4, 5))
+    # As they travel from the workers.
+    drawn = table(recipes)
+    assert torch.equal(augment(images, drawn), batched)
+    assert torch.equal(torch.cat([augment(images[i : i + 1], drawn[i : i + 1]) for i in range(len(images))]), single)
+
+
+@pytest.mark.parametrize("value", [recipe(), recipe(gray=True), recipe(sigma=1.0), recipe(**FACTORS)])
+def test_all_images_may_be_alike(images, value):
+    single = torch.cat([augment(image[None], [value]) for image in images])
+    torch.testing.assert_close(augment(images, [value] * len(images)), single, rtol=0, atol=1e-3)
 
 
 def ks(first, second):

@@ -1,5 +1,6 @@
 """Multi-crop views of a batch: decode once, crop, resize, augment."""
 
+import copy
 import functools
 import math
 import operator
@@ -8,7 +9,7 @@ import reprlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import chain, groupby
+from itertools import groupby
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from logo_plugin.affinity import full_precision
-from logo_plugin.augment import Recipe, augment, blur_radius, sent
+from logo_plugin.augment import Recipe, augment, blur_radius, sent, table
 from logo_plugin.checks import choice, unknown_option
 from logo_plugin.decoding import ImageLike, UndecodableError, decode, placed_error
 from logo_plugin.placement import PLACEMENTS, placed
@@ -50,7 +51,8 @@ class DeferredViews:
     def __init__(
         self, views: list[Tensor], recipes: list[list[Recipe]] | None, mean: Sequence[float], std: Sequence[float]
     ) -> None:
-        self._views, self._recipes, self._mean, self._std = views, recipes, mean, std
+        self._views, self._mean, self._std = views, mean, std
+        self._tables = None if recipes is None else [table(of_view) for of_view in recipes]
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> list[Tensor]:
         """Moves the crops to `device`, augments them there with the parameters drawn by the workers, normalises.
@@ -69,19 +71,21 @@ class DeferredViews:
         # Pinned ones as Lightning moves pinned tensors.
         views = [sent(view, device, non_blocking=non_blocking or view.is_pinned()) for view in self._views]
         shift, scale = (sent(x, device) for x in _statistics(tuple(self._mean), tuple(self._std)))
-        recipes: Sequence[Any] = self._recipes or [None] * len(views)
+        tables: list[Any] = [None] * len(views) if self._tables is None else self._tables
         if views[0].device.type == "cpu":
-            return [_finished(view, drawn, shift, scale) for view, drawn in zip(views, recipes, strict=True)]
+            return [_finished(view, drawn, shift, scale) for view, drawn in zip(views, tables, strict=True)]
         done: list[Tensor] = []
-        for _, group in groupby(zip(views, recipes, strict=True), key=lambda pair: pair[0].shape):
+        for _, group in groupby(zip(views, tables, strict=True), key=lambda pair: pair[0].shape):
             parts, drawn = zip(*group, strict=True)  # together: each operator is a kernel that has to be launched
-            whole = torch.cat(parts) if self._recipes is None else augment(torch.cat(parts), [*chain(*drawn)])
+            whole = torch.cat(parts) if self._tables is None else augment(torch.cat(parts), np.concatenate(drawn))
             done += whole.sub(shift).mul_(scale).chunk(len(parts))
         return done
 
     def pin_memory(self) -> "DeferredViews":
         """For `DataLoader(pin_memory=True)`."""
-        return DeferredViews([view.pin_memory() for view in self._views], self._recipes, self._mean, self._std)
+        pinned = copy.copy(self)
+        pinned._views = [view.pin_memory() for view in self._views]
+        return pinned
 
     def _unfinished(self, *_: object) -> Any:
         raise TypeError(
@@ -566,12 +570,12 @@ def _crop(pixels: Tensor, recipe: Recipe, channels: int, size: int) -> Tensor:
     return crop.flip(-1) if recipe.flip else crop
 
 
-def _finished(views: Tensor, recipes: list[Recipe] | None, shift: Tensor, scale: Tensor) -> Tensor:
-    """Crops that travelled as uint8, augmented if there are recipes, and normalised: (N, C, H, W), float32."""
+def _finished(views: Tensor, drawn: np.ndarray | None, shift: Tensor, scale: Tensor) -> Tensor:
+    """Crops that travelled as uint8, augmented if anything was drawn, and normalised: (N, C, H, W), float32."""
     out = _fresh(views.shape, np.float32)
     for n in range(len(views)):  # a batch would not fit into the cache
         crop = views[n : n + 1]
-        out[n : n + 1].copy_(crop if recipes is None else augment(crop, [recipes[n]])).sub_(shift).mul_(scale)
+        out[n : n + 1].copy_(crop if drawn is None else augment(crop, drawn[n : n + 1])).sub_(shift).mul_(scale)
     return out
 
 
