@@ -1,4 +1,4 @@
-"""Images per second that become 2 x 224 + 2 x 96 crops: ours against lightly, solo-learn, torchvision and kornia.
+"""Images per second that become 2 + 2 crops (224 and 96 px): ours against lightly, solo-learn, torchvision and kornia.
 
 Everyone gets the same JPEG files and the same augmentations (scales 0.4-1 and 0.05-0.4, jitter 0.4/0.4/0.4/0.1 with
 p 0.8, gray p 0.2, blur p 0.5 sigma 0.1-2, flip, normalise) and gives a batch of views, decoding included. One thread
@@ -11,6 +11,7 @@ are measured with it.
 
     python benchmarks/crop_throughput.py    # photographs from the wheels of scikit-image and scikit-learn
     python benchmarks/crop_throughput.py --data DIR --json throughput.json
+    python benchmarks/crop_throughput.py --picture 96 96 --sizes 64 32 --images 64    # small images
 """
 
 import argparse
@@ -36,12 +37,12 @@ from torchvision.transforms import InterpolationMode, v2
 
 from logo_plugin import MultiCropCollate
 
-SIZES = {224: (0.4, 1.0), 96: (0.05, 0.4)}
+SIZES = [(224, (0.4, 1.0)), (96, (0.05, 0.4))]
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
-def photographs():
-    """500 x 375 JPEG, quality 90, as ImageNet's are on average."""
+def photographs(size=(500, 375)):
+    """JPEG of quality 90, as large as ImageNet's are on average."""
     from skimage import data
     from sklearn.datasets import load_sample_images
 
@@ -49,7 +50,7 @@ def photographs():
     files = []
     for picture in [*pictures, *load_sample_images().images]:
         buffer = io.BytesIO()
-        ImageOps.fit(Image.fromarray(picture), (500, 375)).save(buffer, "JPEG", quality=90)
+        ImageOps.fit(Image.fromarray(picture), size).save(buffer, "JPEG", quality=90)
         files.append(buffer.getvalue())
     return files
 
@@ -101,7 +102,9 @@ def lightly():
     from lightly.transforms import DINOTransform
 
     # Its defaults have these scales, jitter, gray and sigma.
-    return Decoded(DINOTransform(n_local_views=2, gaussian_blur=(0.5, 0.5, 0.5), solarization_prob=0.0))
+    (global_size, _), (local_size, _) = SIZES
+    options = {"global_crop_size": global_size, "local_crop_size": local_size, "n_local_views": 2}
+    return Decoded(DINOTransform(**options, gaussian_blur=(0.5, 0.5, 0.5), solarization_prob=0.0))
 
 
 class Config(SimpleNamespace):
@@ -116,7 +119,7 @@ def solo_learn():
     sys.path.insert(0, root)
     pipeline = importlib.import_module("solo.data.pretrain_dataloader")
     transforms = []
-    for size, scale in SIZES.items():
+    for size, scale in SIZES:
         config = Config(
             crop_size=size,
             rrc=Config(enabled=True, crop_min_scale=scale[0], crop_max_scale=scale[1]),
@@ -146,7 +149,7 @@ def torchvision_v2(convert=None):
             ]
         )
 
-    views = Views([one(size, scale) for size, scale in SIZES.items()])
+    views = Views([one(size, scale) for size, scale in SIZES])
     return Decoded(views, convert)
 
 
@@ -164,7 +167,7 @@ def kornia():
             kornia.Normalize(MEAN, STD),
         )
 
-    views = Views([one(size, scale) for size, scale in SIZES.items()])
+    views = Views([one(size, scale) for size, scale in SIZES])
     return Batched(views)
 
 
@@ -189,7 +192,7 @@ def albumentationsx():
             ]
         )
 
-    pipelines = [one(size, scale) for size, scale in SIZES.items() for _ in range(2)]
+    pipelines = [one(size, scale) for size, scale in SIZES for _ in range(2)]
 
     def views(file):
         image = cv2.cvtColor(cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
@@ -200,10 +203,11 @@ def albumentationsx():
 
 def contenders():
     """Name to (transform of the dataset, collate)."""
+    ours = partial(MultiCropCollate, global_size=SIZES[0][0], local_size=SIZES[1][0])
     made = {
-        "logo-plugin": (None, MultiCropCollate()),
-        "logo-plugin, normalised on the device": (None, MultiCropCollate(defer="normalize")),
-        "logo-plugin, colour and blur on the device": (None, MultiCropCollate(defer="augment")),
+        "logo-plugin": (None, ours()),
+        "logo-plugin, normalised on the device": (None, ours(defer="normalize")),
+        "logo-plugin, colour and blur on the device": (None, ours(defer="augment")),
         "torchvision v2 on PIL": (torchvision_v2(), default_collate),
         "torchvision v2 on uint8": (torchvision_v2(v2.functional.pil_to_tensor), default_collate),
     }
@@ -250,6 +254,8 @@ def loader_rate(transform, collate, files, workers, batches, batch_size):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder of JPEG files, instead of the wheels' photographs")
+    parser.add_argument("--picture", type=int, nargs=2, default=(500, 375), help="width and height of the photographs")
+    parser.add_argument("--sizes", type=int, nargs=2, default=[size for size, _ in SIZES], help="of the crops, pixels")
     parser.add_argument("--images", type=int, default=32, help="per round and contender")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2])
@@ -265,7 +271,8 @@ def main():
             path.read_bytes() for path in sorted(options.data.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg")
         ]
     else:
-        files = photographs()
+        files = photographs(options.picture)
+    SIZES[:] = [(size, scale) for size, (_, scale) in zip(options.sizes, SIZES, strict=True)]
     made = contenders()
     if options.only:
         made = {name: value for name, value in made.items() if any(part in name for part in options.only)}

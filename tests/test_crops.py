@@ -66,10 +66,14 @@ def test_batch_has_what_the_samples_have(length):
         assert same(seeded(bare, samples)[0], seeded(bare, [image for image, _ in tiles(3)])[0])
 
 
-def test_transform_with_torchs_own_collate_gives_the_same_batch():
-    transform, collate = MultiCropTransform(**SMALL), MultiCropCollate(**SMALL)
-    views, targets = seeded(lambda: default_collate([(transform(image), target) for image, target in tiles(4)]))
-    expected, expected_targets = seeded(collate, tiles(4))
+@pytest.mark.parametrize("count", [4, 70])  # of more images small views are augmented together
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+def test_transform_with_torchs_own_collate_gives_the_same_batch(count, kind):
+    transform, collate = MultiCropTransform(**SMALL, solarize_p=0.3), MultiCropCollate(**SMALL, solarize_p=0.3)
+    scale = {np.uint8: 1, np.uint16: 257, np.float32: 1 / 255}[kind]
+    samples = [((np.asarray(image, np.float64) * scale).astype(kind), target) for image, target in tiles(count)]
+    views, targets = seeded(lambda: default_collate([(transform(image), target) for image, target in samples]))
+    expected, expected_targets = seeded(collate, samples)
     assert same(views, expected)
     assert torch.equal(targets, expected_targets)
 
@@ -395,9 +399,10 @@ def test_a_bad_file_is_named(photograph, name, tmp_path):
         MultiCropTransform(**SMALL)(path)
 
 
-def test_skipping_warns_once_per_file_and_keeps_the_batch(photograph, tmp_path):
+@pytest.mark.parametrize("count", [5, 20])
+def test_skipping_warns_once_per_file_and_keeps_the_batch(photograph, tmp_path, count):
     (tmp_path / "bad.jpg").write_bytes(b"x")
-    samples = [(Image.new("RGB", (40, 40), (i, i, i)), i, f"{i}.png") for i in range(1, 6)]
+    samples = [(Image.new("RGB", (40, 40), (i, i, i)), i, f"{i}.png") for i in range(1, count + 1)]
     samples[2] = (tmp_path / "bad.jpg", 3, "bad.jpg")
     samples[4] = (tmp_path / "missing.jpg", 5, "missing.jpg")
     collate = MultiCropCollate(**SMALL, **PLAIN, on_error="skip", return_boxes=True)
@@ -407,17 +412,18 @@ def test_skipping_warns_once_per_file_and_keeps_the_batch(photograph, tmp_path):
         "sample 2 of the batch (bad.jpg)",
         "sample 4 of the batch (missing.jpg)",
     ]
-    assert len(names) == 5
-    assert crops.boxes.shape == (4, 5, 4)
-    assert [targets[i].item() for i in (0, 1, 3)] == [1, 2, 4]
-    assert set(targets.tolist()) == {1, 2, 4}
+    good = [i for i in range(count) if i not in (2, 4)]
+    assert len(names) == count
+    assert crops.boxes.shape == (4, count, 4)
+    assert [targets[i].item() for i in good] == [i + 1 for i in good]
+    assert set(targets.tolist()) == {i + 1 for i in good}
     for view in views:  # each image carries its target's gray level
         assert view.mean((1, 2, 3)).round().tolist() == targets.tolist()
     assert names == [f"{i}.png" for i in targets.tolist()]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         collate(samples)
-    assert len(samples) == 5
+    assert len(samples) == count
     assert samples[2][2] == "bad.jpg"
 
 

@@ -107,9 +107,11 @@ class FastCrops:
             recipes.append(placed(drawn, self.global_crops, self.local_placement, width, height))
             rest = iter(recipes[-1])
             for pipeline, out in zip(self.pipelines, views, strict=True):
-                pipeline._render(pixels, list(islice(rest, len(out))), [view[n] for view in out], self.defer)
-        per_view = [list(view) for view in zip(*recipes, strict=True)]
-        deferred = DeferredViews([*chain(*views)], per_view if self.defer == "augment" else None, self.mean, self.std)
+                of_image = [view[n] for view in out]
+                pipeline._render(pixels, list(islice(rest, len(out))), of_image, self.defer, len(images))
+        per_view, made = [list(view) for view in zip(*recipes, strict=True)], [*chain(*views)]
+        self.pipelines[0]._finish(made, per_view, self.defer)
+        deferred = DeferredViews(made, per_view if self.defer == "augment" else None, self.mean, self.std)
         batch: list[Any] = [default_collate(list(indexes)), deferred, default_collate(list(targets))]
         if self.return_boxes:  # N first, as everywhere in the batch: Lightning takes its size from all tensors
             batch.append(torch.tensor([[recipe.box for recipe in image] for image in recipes], dtype=torch.float32))

@@ -316,19 +316,29 @@ class MultiCropTransform:
         sizes = [self.global_size] * self.global_crops + [self.local_size] * self.local_crops
         return [_fresh((*batch, len(self.mean), size, size), dtype) for size in sizes]
 
-    def _render(self, pixels: Tensor, recipes: Sequence[Recipe], out: list[Tensor], defer: str | None = None) -> None:
-        """Makes the views of one image in `out`."""
+    def _render(
+        self, pixels: Tensor, recipes: Sequence[Recipe], out: list[Tensor], defer: str | None = None, batch: int = 1
+    ) -> None:
+        """Makes the views of one image in `out`; of one of a batch but for what `_finish` does for all of them."""
         shift, scale = _statistics(self.mean, self.std)
         with torch.inference_mode():  # a tenth less per operation
             for recipe, view in zip(recipes, out, strict=True):
                 x = _crop(pixels, recipe, *view.shape[:2])
-                if defer == "augment":
+                if defer == "augment" or _at_once(view, batch) > 1:
                     view.copy_(x[0])
-                elif defer == "normalize":
-                    # By way of int16: three times as fast as straight to uint8.
-                    view.copy_(augment(x, [recipe])[0].round().to(torch.int16))
                 else:
-                    torch.sub(augment(x, [recipe])[0], shift, out=view).mul_(scale)
+                    _written(view[None], augment(x, [recipe]), shift, scale)
+
+    def _finish(self, views: list[Tensor], recipes: list[list[Recipe]], defer: str | None) -> None:
+        """Augments what `_render` has left, of a batch (N, C, H, W) for each view."""
+        shift, scale = _statistics(self.mean, self.std)
+        with torch.inference_mode():
+            for view, drawn in zip(views, recipes, strict=True):
+                count = _at_once(view, len(view))
+                if defer != "augment" and count > 1:
+                    for n in range(0, len(view), count):
+                        some = view[n : n + count]
+                        _written(some, augment(some, drawn[n : n + count]), shift, scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,7 +430,7 @@ class MultiCropCollate(MultiCropTransform):
         bad = []
         for n, row in enumerate(rows):
             try:
-                recipes.append(self._made(row[0], [view[n] for view in views]))
+                recipes.append(self._made(row[0], [view[n] for view in views], len(rows)))
             except UndecodableError as error:
                 self._report(n, row, error)
                 recipes.append([])
@@ -432,9 +442,10 @@ class MultiCropCollate(MultiCropTransform):
             raise ValueError(f"none of the {len(rows)} images of the batch can be decoded; see the warnings for each.")
         for n in bad:
             rows[n] = rows[good[int(torch.randint(len(good), ()))]]
-            recipes[n] = self._made(rows[n][0], [view[n] for view in views])
+            recipes[n] = self._made(rows[n][0], [view[n] for view in views], len(rows))
 
         per_view = [list(view) for view in zip(*recipes, strict=True)]
+        self._finish(views, per_view, self.defer)
         batch: list[Any] = [views]
         if self.defer is not None:
             batch = [DeferredViews(views, per_view if self.defer == "augment" else None, self.mean, self.std)]
@@ -445,15 +456,15 @@ class MultiCropCollate(MultiCropTransform):
             batch.append(CropBoxes(boxes, torch.tensor([[recipe.flip for recipe in view] for view in per_view])))
         return batch
 
-    def _made(self, image: ImageLike, out: list[Tensor]) -> list[Recipe]:
-        """Makes the views of one image in `out`; gives what was drawn."""
+    def _made(self, image: ImageLike, out: list[Tensor], batch: int) -> list[Recipe]:
+        """Makes the views of one image of a batch in `out`; gives what was drawn."""
         pixels = decode(image, len(self.mean))
         if self.defer and pixels.dtype != torch.uint8:
             raise TypeError(
                 f"defer={self.defer!r} lets crops travel as uint8, and the images have more: give defer=None."
             )
         recipes = self.draw(pixels.shape[1], pixels.shape[0])
-        self._render(pixels, recipes, out, self.defer)
+        self._render(pixels, recipes, out, self.defer, batch)
         return recipes
 
     def _of_dicts(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -570,12 +581,25 @@ def _crop(pixels: Tensor, recipe: Recipe, channels: int, size: int) -> Tensor:
     return crop.flip(-1) if recipe.flip else crop
 
 
+def _at_once(view: Tensor, batch: int) -> int:
+    """How many images are augmented together: small views are bound by calls, large ones by the cache."""
+    return math.ceil(batch / math.ceil(batch / 64)) if view.shape[-1] <= 64 and batch >= 16 else 1
+
+
+def _written(out: Tensor, x: Tensor, shift: Tensor, scale: Tensor) -> None:
+    """Puts pixels in [0, 255] into a batch: rounded if it is uint8, which the device normalises, else normalised."""
+    if out.dtype == torch.uint8:
+        out.copy_(x.round().to(torch.int16))  # by way of int16: three times as fast as straight to uint8
+    else:
+        torch.sub(x, shift, out=out).mul_(scale)
+
+
 def _finished(views: Tensor, drawn: np.ndarray | None, shift: Tensor, scale: Tensor) -> Tensor:
     """Crops that travelled as uint8, augmented if anything was drawn, and normalised: (N, C, H, W), float32."""
-    out = _fresh(views.shape, np.float32)
-    for n in range(len(views)):  # a batch would not fit into the cache
-        crop = views[n : n + 1]
-        out[n : n + 1].copy_(crop if drawn is None else augment(crop, drawn[n : n + 1])).sub_(shift).mul_(scale)
+    out, count = _fresh(views.shape, np.float32), _at_once(views, len(views))
+    for n in range(0, len(views), count):
+        some = views[n : n + count]
+        out[n : n + count].copy_(some if drawn is None else augment(some, drawn[n : n + count])).sub_(shift).mul_(scale)
     return out
 
 
