@@ -57,8 +57,8 @@ def augment(images: Tensor, recipes: Sequence[Recipe] | np.ndarray) -> Tensor:
             x = function(x, *given)  # floats are what the CPU kernels are fast with
         return x.expand_as(images)
     groups = [*_groups(np.asarray(rows, dtype=np.float64))]
-    indexes = _at_once([which for _, which, _ in groups], np.int64, x.device)
-    values = _at_once([numbers for *_, numbers in groups], np.float32, x.device)
+    indexes = _sent_together([which for _, which, _ in groups], np.int64, x.device)
+    values = _sent_together([numbers for *_, numbers in groups], np.float32, x.device)
     for (function, which, numbers), index, flat in zip(groups, indexes, values, strict=True):
         parameters = flat.view(*numbers.shape, 1, 1, 1).unbind()
         if len(which) == len(x):
@@ -78,7 +78,7 @@ def sent(x: Tensor, device: torch.device | str | int, *, non_blocking: bool = Tr
     return x.to(device, non_blocking=non_blocking and torch.device(device).type != "mps")
 
 
-def _at_once(arrays: list[np.ndarray], dtype: type[np.generic], device: torch.device) -> Sequence[Tensor]:
+def _sent_together(arrays: list[np.ndarray], dtype: type[np.generic], device: torch.device) -> Sequence[Tensor]:
     """The arrays' numbers on the device, sent as one: x[index] of a list would wait, and each copy is a call."""
     whole = np.concatenate([np.empty(0), *map(np.ravel, arrays)]).astype(dtype)
     return torch.split(sent(torch.from_numpy(whole), device), [array.size for array in arrays])
