@@ -89,7 +89,7 @@ DATASETS = {
         neighbours=200,
         read=read_cifar10,
     ),
-    # cifar10() with local crops of half the side: what a step costs is as for imagenette's.
+    # As cifar10(): what a step costs is as for imagenette's.
     "cifar10_16px": Setting(
         {"global_size": 32, "local_size": 16, **CIFAR},
         view=32,

@@ -101,7 +101,7 @@ def test_defaults_are_the_papers():
 def test_cifar_preset(cls):
     preset = cls.cifar10(local_crops=4, blur_p=0.1, blur_sigma=(0.1, 1.0))
     assert isinstance(preset, cls)
-    assert (preset.global_size, preset.local_size, preset.local_crops, preset.blur_p) == (32, 32, 4, 0.1)
+    assert (preset.global_size, preset.local_size, preset.local_crops, preset.blur_p) == (32, 16, 4, 0.1)
     assert cls.cifar10().blur_p == 0
     assert preset.mean == (0.4914, 0.4822, 0.4465)
     assert preset.std == (0.2023, 0.1994, 0.2010)
@@ -367,7 +367,7 @@ def test_lightning_finishes_deferred_views_by_itself(photograph):
 def test_deferred_views_travel_from_workers():
     collate = MultiCropCollate.cifar10(defer="augment")
     (views, _), *_ = DataLoader(tiles(4), batch_size=4, num_workers=1, collate_fn=collate)
-    assert [tuple(view.shape) for view in views.to("cpu")] == [(4, 3, 32, 32)] * 4
+    assert [tuple(view.shape) for view in views.to("cpu")] == [(4, 3, side, side) for side in (32, 32, 16, 16)]
 
 
 def bad_files(photograph):

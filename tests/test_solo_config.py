@@ -248,11 +248,11 @@ def test_options_are_in_the_name(logo, name):
     ("changes", "suffix"),
     [
         ({}, ""),
-        ({"num_crops": 4}, "-l4x32s0.05-0.4"),
+        ({"num_crops": 4}, "-l4x16s0.05-0.4"),
         ({"crop_size": 24}, "-l2x24s0.05-0.4"),
         ({"crop_size": [24, 16]}, "-l2x24x16s0.05-0.4"),
-        ({"rrc__crop_max_scale": 0.3}, "-l2x32s0.05-0.3"),
-        ({"rrc__enabled": False}, "-l2x32"),
+        ({"rrc__crop_max_scale": 0.3}, "-l2x16s0.05-0.3"),
+        ({"rrc__enabled": False}, "-l2x16"),
         ({"grayscale__prob": 0.5}, ""),  # as little as in solo-learn's own runs
     ],
 )
@@ -267,7 +267,7 @@ def test_global_crops_are_in_the_name():
     assert checked(cfg).name == "run-logo-affcosine-ratio0.1-g2x32s0.2-1"
     cfg = usual_config()
     cfg.data.dataset = "imagenet100"  # with CIFAR's crops
-    assert checked(cfg).name == "run-logo-affcosine-ratio0.1-g2x32s0.4-1-l2x32s0.05-0.4"
+    assert checked(cfg).name == "run-logo-affcosine-ratio0.1-g2x32s0.4-1-l2x16s0.05-0.4"
 
 
 def test_long_names():
@@ -309,7 +309,7 @@ def test_name_of_another_method():
         ({"local_weight": 0.1}, {}, True),
         ({"local_weight": 0.2}, {}, False),
         ({"local_weight": 0.1}, {"num_crops": 4}, False),
-        ({"local_weight": 0.1}, {"crop_size": [16, 16]}, False),
+        ({"local_weight": 0.1}, {"crop_size": 24}, False),
     ],
 )
 def test_auto_resumer_keeps_a_sweep_apart(tmp_path, logo, changes, resumed):
@@ -387,7 +387,7 @@ def test_local_crops_join_any_config_of_the_clone(path):
     for crop in large:
         assert crop["rrc"].pop("crop_min_scale") == 0.4
     assert large == expected
-    size = {32: [32, 32], 224: 96}[large[0]["crop_size"]]
+    size = {32: 16, 224: 96}[large[0]["crop_size"]]
     assert (local.pop("crop_size"), local.pop("num_crops")) == (size, 2)
     assert local.pop("rrc") == {"enabled": True, "crop_min_scale": 0.05, "crop_max_scale": 0.4}
     shares = {
@@ -408,8 +408,9 @@ def test_local_crops_join_any_config_of_the_clone(path):
         ("crop_size=64", 32),
         ("crop_size=160", 64),
         ("crop_size=[128,128]", 48),
-        ("crop_size=28", [28, 28]),
-        ("crop_size=[32,32]", 32),
+        ("crop_size=28", 16),
+        ("crop_size=[32,32]", 16),
+        ("crop_size=16", [16, 16]),
         ("crop_size=[96,96] method_kwargs.logo.local_size=[96,96]", 96),
         ("crop_size=96 method_kwargs.logo.local_size=96", [96, 96]),
         ("crop_size=[64,48] method_kwargs.logo.local_size=[32,24]", [32, 24]),
@@ -549,7 +550,7 @@ def test_preset_in_one_word():
 
 
 @pytest.mark.parametrize(
-    ("group", "sizes"), [("cifar", [32, 32, [32, 32]]), ("stl10", [96, 96, 48]), ("custom", [224, 224, 64])]
+    ("group", "sizes"), [("cifar", [32, 32, 16]), ("stl10", [96, 96, 48]), ("custom", [224, 224, 64])]
 )
 def test_augmentation_groups(group, sizes):
     from solo.data.pretrain_dataloader import build_transform_pipeline

@@ -45,7 +45,7 @@ def test_first_try(method):
     assert not any((cfg.sync_batchnorm, cfg.auto_resume.enabled, cfg.wandb.enabled))
     assert (cfg.method_kwargs.proj_hidden_dim, cfg.method_kwargs.proj_output_dim) == (256, 32)
     other = compose("cifar", method, both, "augmentations=logo_cifar", "limit_train_batches=1.0")
-    assert [crop.crop_size for crop in other.augmentations] == [32, 32, [32, 32]]
+    assert [crop.crop_size for crop in other.augmentations] == [32, 32, 16]
     assert other.limit_train_batches == 1.0
 
 

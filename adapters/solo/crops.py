@@ -131,7 +131,7 @@ def _extended(large: Sequence[Any], options: Mapping[str, Any]) -> ListConfig:
 
 
 def _size(first: Any, asked: Any) -> Any:
-    """As asked, else 96 px for 224, in multiples of 16, but with up to 32 px as large as the global ones, as the paper.
+    """As asked, else 96 px for 224, in multiples of 16.
 
     The global crops' own size is written in the other way, by which solo-learn tells the two kinds apart.
     """
@@ -141,7 +141,7 @@ def _size(first: Any, asked: Any) -> Any:
             f"augmentations has crops of {' x '.join(map(str, sides))} px: choose another {PREFIX}local_size for the "
             "local ones, as [48,32]."
         )
-    size = asked or min(sides[0], max(32, 16 * round(sides[0] * 96 / 224 / 16)))
+    size = asked or min(sides[0], max(16, 16 * round(sides[0] * 96 / 224 / 16)))
     if size != first.crop_size:
         return size
     return [size, size] if isinstance(size, int) else size[0]
